@@ -23,8 +23,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,12 +100,7 @@ def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) ->
             *command.overrides(settings),
         ]
         measure.log(f"=== {variant}, seed {seed}")
-        called = [sys.executable, "-m", "inception_jax.main", *flags]
-        done = subprocess.run(called, cwd=measure.ROOT, stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise command.CommandError(
-                f"{variant}: the training command exited with code {done.returncode}"
-            )
+        command.train(variant, flags)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return result
 
@@ -127,7 +120,7 @@ def _check_settings(folder: pathlib.Path, settings: Sequence[str]) -> None:
         )
 
 
-def _flip_top1(run: Mapping[str, Any]) -> float | None:
+def flip_top1(run: Mapping[str, Any]) -> float | None:
     """Returns the top-1 of the horizontal-flip average, which older results name differently."""
     return run.get("evaluations", {}).get("flip", {}).get("top1", run.get("flip_top1"))
 
@@ -140,7 +133,7 @@ def table_rows(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[
         top1 = measure.summarize(run["top1"] for run in runs)
         mean = sum(run["top1"] for run in runs) / len(runs)
         first = mean if first is None else first
-        flip = [value for run in runs if (value := _flip_top1(run)) is not None]
+        flip = [value for run in runs if (value := flip_top1(run)) is not None]
         rows.append(
             [
                 variant,
