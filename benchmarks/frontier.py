@@ -428,26 +428,43 @@ def frontier(found: Sequence[Point]) -> list[Point]:
     return best
 
 
-def table_rows(found: Sequence[Point]) -> list[list[str]]:
-    """Returns the table of recipes."""
-    return [
-        [
-            f"{point.recipe}{f' ({point.note})' if point.note else ''}",
-            point.data,
-            f"{point.top1:.2f}%" + ("" if point.deviation is None else f" ± {point.deviation:.2f}"),
-            "–" if point.top5 is None else f"{point.top5:.2f}%",
-            f"{point.pflop:.3g}",
-            str(point.count),
-            f"{point.minutes:.1f}",
-        ]
-        for point in found
-    ]
-
-
 def table(found: Sequence[Point]) -> str:
-    """Returns the table of recipes in Markdown."""
-    head = ["recipe", "data", "top-1", "top-5", "PFLOP", "seeds", "minutes"]
-    return measure.markdown_table(head, table_rows(found))
+    """Returns the table of recipes in Markdown, as in docs/results.md."""
+    rows = []
+    for point in found:
+        deviation = "" if point.deviation is None else f" ± {point.deviation:.2f}"
+        note = f", {point.note}" if point.note else ""
+        rows.append(
+            [
+                point.recipe,
+                f"{point.data}{note}",
+                f"{point.top1:.2f}%{deviation}",
+                "–" if point.top5 is None else f"{point.top5:.2f}%",
+                f"{point.pflop:.3g}",
+                str(point.count),
+                f"{point.minutes:.1f}",
+            ]
+        )
+    head = ["Recipe", "Data", "Top-1", "Top-5", "PFLOP", "Seeds", "Minutes"]
+    return measure.markdown_table(head, rows)
+
+
+def peer_table(peers: Sequence[Peer]) -> str:
+    """Returns the table of peers in Markdown, as in docs/results.md."""
+    lines = [
+        "| Network | Data | Top-1, % | PFLOP | How it was counted | Source |",
+        "| --- | --- | --: | --: | --- | --- |",
+    ]
+    for peer in peers:
+        compute_cell = ", ".join(f"{step:.3g}" for step, _ in peer.points)
+        top1 = ", ".join(f"{each:.2f}" for _, each in peer.points)
+        if peer.source.startswith("https://"):
+            link = f"[{'/'.join(peer.source.split('/')[3:5])}]({peer.source})"
+        else:
+            link = f"[{peer.source.rpartition('/')[0]}](../{peer.source})"
+        cells = [peer.name, peer.data, top1, compute_cell, peer.counted, link]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(found: Sequence[Point], peers: Sequence[Peer], path: pathlib.Path) -> None:
@@ -532,6 +549,7 @@ def main() -> None:
     found = points(read_rows(arguments.json))
     draw(found, peers, arguments.plot)
     print(table(found))
+    print(peer_table(peers))
 
 
 def _listed(name: str, recipe: Recipe) -> list[str]:

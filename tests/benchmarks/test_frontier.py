@@ -47,7 +47,7 @@ evaluation.every = "8 steps"
 name = "someone"
 data = "digits"
 points = [[0.1, 97.0], [1.0, 98.5]]
-source = "https://example.org"
+source = "https://example.org/some/where/else"
 counted = "as stated there"
 """
 RESULT = {
@@ -164,9 +164,14 @@ def test_table_and_plot_have_means_over_seeds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run("small", "--seeds", "0", "1", "2", "--note", "of JPEGs")
-    line = capsys.readouterr().out.splitlines()[2]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5] == (
+        "| someone | digits | 97.00, 98.50 | 0.1, 1 | as stated there | "
+        "[some/where](https://example.org/some/where/else) |"
+    )
+    line = lines[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:4] == ["small (of JPEGs)", "digits", "62.50% ± 1.00", "91.25%"]
+    assert cells[:4] == ["small", "digits, of JPEGs", "62.50% ± 1.00", "91.25%"]
     assert cells[5:] == ["3", "1.5"]
     with Image.open(tmp_path / "plot.png") as plot:
         assert len(plot.convert("L").getcolors()) > 20
@@ -287,6 +292,15 @@ def test_stored_rows_are_of_stored_recipes() -> None:
             row["recipe"], row["settings"], frontier.relevant(recipe.config()), "the stored row"
         )
         frontier.check_row(row, rows)
+
+
+def test_the_page_has_the_stored_rows_and_peers() -> None:
+    _, peers = frontier.read_recipes(measure.ROOT / "benchmarks/frontier.toml")
+    rows = frontier.read_rows(measure.ROOT / "benchmarks/results/frontier.json")
+    page = (measure.ROOT / "docs/results.md").read_text(encoding="utf-8")
+    remedy = "paste what python -m benchmarks.frontier prints"
+    assert frontier.table(frontier.points(rows)) in page, remedy
+    assert frontier.peer_table(peers) in page, remedy
 
 
 @pytest.mark.slow
