@@ -25,8 +25,6 @@ import json
 import pathlib
 import re
 import statistics
-import subprocess
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -108,12 +106,7 @@ def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) ->
             *command.overrides(settings),
         ]
         measure.log(f"=== {variant}, seed {seed}")
-        called = [sys.executable, "-m", "inception_jax.main", *flags]
-        done = subprocess.run(called, cwd=measure.ROOT, stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise command.CommandError(
-                f"{variant}: the training command exited with code {done.returncode}"
-            )
+        command.train(variant, flags)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return result
 
@@ -133,7 +126,7 @@ def _check_settings(folder: pathlib.Path, settings: Sequence[str]) -> None:
         )
 
 
-def _other_top1(run: Mapping[str, Any]) -> dict[str, float]:
+def other_top1(run: Mapping[str, Any]) -> dict[str, float]:
     """Returns the top-1 of a run's additional evaluations by name; older results have only flip."""
     old = {"flip": run["flip_top1"]} if "flip_top1" in run else {}
     return old | {name: each["top1"] for name, each in run.get("evaluations", {}).items()}
@@ -158,7 +151,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     Args:
       results: the contents of result.json of each variant's runs, the first variant's first.
     """
-    averaged = {variant: [_other_top1(run) for run in runs] for variant, runs in results.items()}
+    averaged = {variant: [other_top1(run) for run in runs] for variant, runs in results.items()}
     names = dict.fromkeys(name for runs in averaged.values() for run in runs for name in run)
     head = ["variant", "top-1 %", "difference", "±", "low–high"]
     head += [*(f"{name} top-1 %" for name in names), "loss", "minutes"]

@@ -32,6 +32,29 @@ def overrides(arguments: Sequence[str]) -> list[str]:
     return [f"--config.{argument}" for argument in last.values()]
 
 
+def train(name: str, flags: Sequence[str]) -> None:
+    """Runs the training command to its end; if this process is stopped, so is it, once it saved.
+
+    Args:
+      name: of the run, for errors.
+      flags: all flags.
+
+    Raises:
+      CommandError: if the command fails.
+    """
+    called = [sys.executable, "-m", "inception_jax.main", *flags]
+    process = subprocess.Popen(called, cwd=measure.ROOT, stdout=subprocess.DEVNULL)
+    try:
+        code = process.wait()
+    except (KeyboardInterrupt, SystemExit):
+        # Ctrl-C has reached it, too; two signals within a second count as one.
+        process.terminate()
+        process.wait()
+        raise
+    if code:
+        raise CommandError(f"{name}: the training command exited with code {code}")
+
+
 @contextlib.contextmanager
 def training(
     experiment: str,

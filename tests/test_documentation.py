@@ -128,6 +128,9 @@ COMMANDS: dict[str, RunBy | NotRun] = {
     ),
     "curl *": RunBy("tests/inference/server/test_app.py", "/predict"),
     "python -m onnxruntime.*": NotRun("converts for ONNX Runtime's own format, which is not ours"),
+    "nice -n 19 python -m benchmarks.frontier *": RunBy(
+        "tests/benchmarks/test_frontier.py", "test_a_stopped_run_continues_with_the_same_command"
+    ),
     "python -m benchmarks.*": NotRun("takes minutes; tests/benchmarks has its parts"),
 }
 # The pages whose Python code a test runs, and which.

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageOps
 
 import inception_jax as ij
+from benchmarks import compute
 from inception_jax import config as configs
-from inception_jax.config import Timeline, other_names
+from inception_jax.config import other_names
 from inception_jax.inspection import structure
 from inception_jax.models import networks
 from tests import command
@@ -25,7 +26,6 @@ from tests import command
 ROOT = command.ROOT
 DOCS = ROOT / "docs"
 PRETRAINED = ROOT / "results/pretrained/googlenet-s16-tiny-imagenet.safetensors"
-FLOP_PER_MULTIPLY_ADD = 6
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -101,23 +101,9 @@ def load(experiment: str, overrides: Mapping[str, Any] | None = None) -> configs
     return ij.load_config(ROOT / "experiments" / f"{experiment}.py", dict(overrides or {}))
 
 
-def multiply_adds(settings: configs.Model, size: int, classes: int) -> int:
-    """Returns those of one image, with auxiliary heads, as tools.summarize counts them."""
-    network = networks.create(settings, classes, rewrite="")
-    return sum(block.multiply_adds for block in structure.analyze(network, size).blocks())
-
-
 def pflop(config: configs.Config, examples: int, classes: int, steps: int = 0) -> float:
     """Returns the compute of training for some steps, or for the whole duration."""
-    timeline = Timeline(config.train.batch_size, examples)
-    steps = steps or timeline.steps(config.train.duration)
-    sizes = config.train.image_sizes or (config.data.image_size,)
-    begins = [0, *(timeline.steps(each) for each in config.train.image_size_boundaries)]
-    total = 0
-    for size, begin, end in zip(sizes, begins, [*begins[1:], steps], strict=True):
-        images = (end - begin) * config.train.batch_size
-        total += FLOP_PER_MULTIPLY_ADD * images * multiply_adds(config.model, size, classes)
-    return total / 1e15
+    return compute.pflop(compute.phases(config, examples=examples, classes=classes, steps=steps))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -125,14 +111,14 @@ def test_the_results_are_those_recorded(name: str) -> None:
     recorded = RUNS[name]
     result = json.loads((ROOT / "results" / recorded.result).read_text())
     config = load(recorded.experiment, recorded.overrides)
-    compute = pflop(config, recorded.examples, recorded.classes, result["step"])
+    found = pflop(config, recorded.examples, recorded.classes, result["step"])
     cells = row("docs/results.md", name, "](../results/")
     assert f"{result['top1']:.2f}%" in cells
     assert "top5" not in result or f"{result['top5']:.2f}%" in cells
-    assert f"{compute:.3g}" in cells
+    assert f"{found:.3g}" in cells
     if "tiny_cpu" in name or "cifar10" in name or "pretrained" in name:
         cells = row("README.md", name, "](results/")
-        assert f"{result['top1']:.2f}%" in cells and f"{compute:.3g}" in cells
+        assert f"{result['top1']:.2f}%" in cells and f"{found:.3g}" in cells
 
 
 @pytest.mark.parametrize("experiment", WHOLE)
@@ -150,11 +136,11 @@ def test_the_compute_of_whole_recipes_is_counted(experiment: str) -> None:
 def test_the_sum_over_image_sizes_is_right() -> None:
     lines = [cells for cells in rows("docs/results.md") if cells[0] in ("32", "48", "64")]
     total = 0.0
-    for size, images, macs, compute in lines:
-        counted = multiply_adds(load("tiny_cpu").model, int(size), 200)
+    for size, images, macs, cell in lines:
+        counted = compute.multiply_adds(load("tiny_cpu").model, int(size), 200)
         assert macs == f"{counted / 1e6:.1f} M"
-        found = FLOP_PER_MULTIPLY_ADD * int(images.replace(",", "")) * counted / 1e15
-        assert compute == f"{found:.3f}"
+        found = compute.pflop([compute.Phase(int(size), int(images.replace(",", "")), counted)])
+        assert cell == f"{found:.3f}"
         total += found
     assert f"{total:.3g}" == row("docs/results.md", "1,600,000")[-1] == "1.99"
 

@@ -16,6 +16,7 @@ import pytest
 from sklearn import datasets as sklearn_datasets
 
 from inception_jax import config
+from inception_jax.datasets import decode
 from inception_jax.datasets.builders import tiny_imagenet_layout
 from inception_jax.datasets.dataset import Dataset, class_ids, data_location, prepare
 from inception_jax.datasets.sources import files
@@ -139,6 +140,36 @@ def test_tfds_can_read_the_records(source: pathlib.Path, directory: pathlib.Path
             else:
                 assert (example["label"], example["wnid"]) == (-1, b"")
                 assert example["box"].tolist() == [-1] * 4
+
+
+def test_quick_preparation_writes_what_tfds_and_pil_give(
+    source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from tensorflow_datasets.core import example_serializer
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    from inception_jax.datasets.builders import _tfds_private
+
+    def contents(directory: pathlib.Path) -> dict[str, Any]:
+        """Returns all files; of records, the messages: TFDS does not fix their features' order."""
+        found: dict[str, Any] = {}
+        for path in sorted(directory.rglob("*")):
+            name = path.relative_to(directory).as_posix()
+            if ".array_record-" in name:
+                records = ArrayRecordDataSource([str(path)])
+                found[name] = [tf_example_pb2.Example.FromString(each) for each in records]
+            elif path.is_file() and path.suffix != ".lock":
+                found[name] = path.read_bytes()
+        return found
+
+    prepare(subset(source, tmp_path / "quick"), log=quiet)
+    monkeypatch.setattr(_tfds_private, "_Serializer", example_serializer.ExampleSerializer)
+    monkeypatch.setattr(decode, "_is_flawless_jpeg", lambda data: False)
+    prepare(subset(source, tmp_path / "slow"), log=quiet)
+    quick, slow = contents(tmp_path / "quick"), contents(tmp_path / "slow")
+    assert quick == slow
+    assert len(quick) > 12 and any(isinstance(each, list) for each in quick.values())
 
 
 def test_opening_imports_neither_tfds_nor_sklearn(directory: pathlib.Path) -> None:

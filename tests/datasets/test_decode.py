@@ -1,4 +1,5 @@
 import io
+import random
 import struct
 import threading
 import zlib
@@ -383,6 +384,30 @@ def test_truncated_image_is_named(read: Callable[[bytes, str], object], kept: in
     read(complete, "whole.JPEG")
     with pytest.raises(DataError, match=r"^somewhere/n1_2\.JPEG: not a readable image .*again"):
         read(complete[:kept], "somewhere/n1_2.JPEG")
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """Returns a JPEG with a byte changed, cut off, removed or inserted, mostly in its header."""
+    rng = random.Random(seed)
+    place = rng.randrange(min(len(data), 700))
+    rest = {
+        "changed": bytes([rng.randrange(256)]) + data[place + 1 :],
+        "cut off": b"",
+        "removed": data[place + 1 :],
+        "inserted": bytes([rng.randrange(256)]) + data[place:],
+    }
+    return data[:place] + rest[rng.choice(list(rest))]
+
+
+def test_quick_verdict_on_jpegs_is_that_of_pil(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    data = archives.jpeg(smooth(64, 48) + noise[:1, :1] // 16)
+    files = [data, data + b"\0 more", *(damaged(data, seed) for seed in range(300))]
+    quick = [decode.inspect(file) for file in files]
+    monkeypatch.setattr(decode, "_is_flawless_jpeg", lambda file: False)
+    assert quick == [decode.inspect(file) for file in files]
+    accepted = sum(each.problem is None for each in quick)
+    assert 100 < accepted < 250
 
 
 def test_chunks_keep_items_in_order() -> None:

@@ -161,7 +161,7 @@ class ImageBuilder(_tfds_private.QuietBuilder, skip_registration=True):  # type:
         """
         tfds.disable_progress_bar()
         _allow_open_files(_OPEN_FILES)
-        with _tfds_private.without_tensorflow():
+        with _tfds_private.writing():
             self.download_and_prepare(file_format=_FORMAT)
 
     def files(self, split: str) -> list[pathlib.Path]:

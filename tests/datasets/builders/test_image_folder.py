@@ -3,7 +3,6 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -364,13 +363,13 @@ def test_only_few_files_are_in_memory(
     )
     builder.open()
     reads: list[str] = []
-    read_file, read_records = FolderSource.read, Records.read
+    read_file, read_record, decode_image = FolderSource.read, Records.read_one, decode.decode
 
     def read(self: FolderSource, file: str) -> bytes:
         reads.append(file)
         return read_file(self, file)
 
-    def in_turn(read: Any, files: Any, chunk_size: int) -> Any:
+    def in_turn(read: Any, files: Any, chunk_size: int = 1) -> Any:
         for part in decode.chunks(files, chunk_size):
             yield from [read(file) for file in part]
 
@@ -380,16 +379,22 @@ def test_only_few_files_are_in_memory(
         patched.setattr(decode, "threaded_map", in_turn)
         next(builder.examples(builder.splits()["train"]))
     assert len(reads) <= 2
-    batches: list[int] = []
+    events: list[str] = []
 
-    def read_few(self: Records, indices: Sequence[int]) -> Any:
-        batches.append(len(indices))
-        return read_records(self, indices)
+    def read_one(self: Records, index: int) -> Any:
+        events.append("read")
+        return read_record(self, index)
 
-    monkeypatch.setattr(Records, "read", read_few)
+    def decode_one(*arguments: Any, **more: Any) -> Any:
+        events.append("decode")
+        return decode_image(*arguments, **more)
+
+    monkeypatch.setattr(decode, "threaded_map", in_turn)
+    monkeypatch.setattr(Records, "read_one", read_one)
+    monkeypatch.setattr(decode, "decode", decode_one)
     for storage in ("decoded", "records"):
         prepare(data(path, tmp_path, storage=storage), log=quiet)
-    assert sum(batches) == 200 and max(batches) <= 8
+    assert events == ["read", "decode"] * 200, "each is decoded before the next one is read"
 
 
 def test_source_is_required(tmp_path: pathlib.Path) -> None:
