@@ -3,8 +3,8 @@
 A TOML file names the experiment, the settings common to all variants, and those of each. The
 training command trains each variant in a separate workdir under --output. Finished variants are not
 trained again and stopped ones resume, so the benchmark can be interrupted. The table shows the last
-evaluation of each variant and its difference from the first. With one run per variant, differences
-smaller than a few times the spread between seeds (--seeds) are meaningless.
+evaluation of each variant and its difference from the first, with the standard error of that
+difference over seeds. With one run per variant, small differences are meaningless.
 
   python -m benchmarks.ablation benchmarks/ablations/tiny.toml --output runs/ablation
 
@@ -12,6 +12,7 @@ The file:
 
   experiment = "experiments/tiny.py"
   shared = ["data.holdout=5000", "train.duration=15 epochs"]
+  seeds = [0, 1, 2]
 
   [variants]
   base = []
@@ -23,6 +24,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -40,11 +42,13 @@ class Plan:
       experiment: file of the experiment.
       shared: settings of all variants, as PATH=VALUE.
       variants: additional settings of each variant, by name.
+      seeds: seeds to train each variant with, unless --seeds gives others.
     """
 
     experiment: str
     shared: Sequence[str]
     variants: Mapping[str, Sequence[str]]
+    seeds: Sequence[int] = (0,)
 
 
 def read_plan(path: pathlib.Path) -> Plan:
@@ -73,7 +77,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output", type=measure.local_path, required=True, help="directory for the workdirs"
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="train only these")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[], help="default: those of the file, or 0"
+    )
     parser.add_argument("--platform", default="", help="--platform of the training command")
     parser.add_argument(
         "--set",
@@ -127,32 +133,52 @@ def _check_settings(folder: pathlib.Path, settings: Sequence[str]) -> None:
         )
 
 
-def _flip_top1(run: Mapping[str, Any]) -> float | None:
-    """Returns the top-1 of the horizontal-flip average, which older results name differently."""
-    return run.get("evaluations", {}).get("flip", {}).get("top1", run.get("flip_top1"))
+def _other_top1(run: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the top-1 of a run's additional evaluations by name; older results have only flip."""
+    old = {"flip": run["flip_top1"]} if "flip_top1" in run else {}
+    return old | {name: each["top1"] for name, each in run.get("evaluations", {}).items()}
 
 
-def table_rows(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
-    """Returns the table rows: means over seeds, and the difference in top-1 from the first."""
+def _difference(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the mean difference in top-1 from the first variant, and its standard error.
+
+    Runs of the same seed are compared: they share the order of the images, and the initial kernels.
+    """
+    pairs = zip(runs, first, strict=False)  # An interrupted variant has fewer.
+    differences = [run["top1"] - other["top1"] for run, other in pairs]
+    error = ""
+    if len(differences) > 1:
+        error = f"{statistics.stdev(differences) / len(differences) ** 0.5:.2f}"
+    return [f"{statistics.fmean(differences):+.2f}", error]
+
+
+def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Returns a Markdown table of means over seeds.
+
+    Args:
+      results: the contents of result.json of each variant's runs, the first variant's first.
+    """
+    averaged = {variant: [_other_top1(run) for run in runs] for variant, runs in results.items()}
+    names = dict.fromkeys(name for runs in averaged.values() for run in runs for name in run)
+    head = ["variant", "top-1 %", "difference", "±", "low–high"]
+    head += [*(f"{name} top-1 %" for name in names), "loss", "minutes"]
     rows = []
-    first: float | None = None
+    first = next(iter(results.values()), [])
     for variant, runs in results.items():
-        top1 = measure.summarize(run["top1"] for run in runs)
-        mean = sum(run["top1"] for run in runs) / len(runs)
-        first = mean if first is None else first
-        flip = [value for run in runs if (value := _flip_top1(run)) is not None]
+        top1 = [run["top1"] for run in runs]
+        others = [[run[name] for run in averaged[variant] if name in run] for name in names]
         rows.append(
             [
                 variant,
-                f"{mean:.2f}",
-                f"{mean - first:+.2f}",
-                f"{top1.low:.2f}–{top1.high:.2f}" if len(runs) > 1 else "",
-                f"{sum(flip) / len(flip):.2f}" if flip else "",
-                f"{sum(run['loss'] for run in runs) / len(runs):.4f}",
-                f"{sum(run['seconds'] for run in runs) / len(runs) / 60:.1f}",
+                f"{statistics.fmean(top1):.2f}",
+                *_difference(runs, first),
+                f"{min(top1):.2f}–{max(top1):.2f}" if len(runs) > 1 else "",
+                *(f"{statistics.fmean(each):.2f}" if each else "" for each in others),
+                f"{statistics.fmean(run['loss'] for run in runs):.4f}",
+                f"{statistics.fmean(run['seconds'] for run in runs) / 60:.1f}",
             ]
         )
-    return rows
+    return measure.markdown_table(head, rows)
 
 
 def main() -> None:
@@ -161,10 +187,11 @@ def main() -> None:
     plan = read_plan(arguments.plan)
     if unknown := set(arguments.only) - set(plan.variants):
         raise measure.BenchmarkError(f"--only: unknown variants: {', '.join(sorted(unknown))}")
+    seeds = arguments.seeds or plan.seeds
     results: dict[str, list[dict[str, Any]]] = {}
     try:
         for variant in arguments.only or plan.variants:
-            for seed in arguments.seeds:
+            for seed in seeds:
                 results.setdefault(variant, []).append(train(plan, variant, seed, arguments))
     except KeyboardInterrupt:
         measure.log("interrupted; rerun the same command to continue. Finished so far:")
@@ -173,12 +200,11 @@ def main() -> None:
         {
             "benchmark": "ablation",
             "environment": measure.environment(),
-            "settings": {**dataclasses.asdict(plan), "seeds": arguments.seeds},
+            "settings": {**dataclasses.asdict(plan), "seeds": seeds},
             "results": results,
         },
     )
-    head = ["variant", "top-1 %", "difference", "low–high", "flip top-1 %", "loss", "minutes"]
-    print(measure.markdown_table(head, table_rows(results)))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Instruction sets, as Linux names them, that decide which kernels run and how fast.
+_X86 = ("avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
+_X86_LATER = ("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16")
+_ARM = ("asimd", "bf16", "i8mm", "sve", "sve2")
+_INSTRUCTIONS = {*_X86, *_X86_LATER, *_ARM}
 
 
 class BenchmarkError(Exception):
@@ -52,7 +57,7 @@ def summarize(values: Iterable[float]) -> Summary:
 def environment() -> dict[str, Any]:
     """Returns a description of this run: machine, versions, revision, date and command."""
     return {
-        "cpu": _cpu_model(),
+        **_processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -81,12 +86,22 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def _cpu_model() -> str:
+def _processor() -> dict[str, Any]:
+    """Returns the processor's name, its model (many virtual machines hide the name), and flags."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+        text = ""
+    # All processors are taken to be alike; the first one's entries end at an empty line.
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    entries = {name.strip(): value.strip() for name, _, value in lines}
+    names = ("vendor_id", "cpu family", "model")
+    flags = entries.get("flags", entries.get("Features", "")).split()
+    return {
+        "cpu": entries.get("model name", platform.processor()),
+        "cpu_model": " ".join(entries[name] for name in names if name in entries),
+        "cpu_instructions": sorted(_INSTRUCTIONS.intersection(flags)),
+    }
 
 
 def _revision() -> str:

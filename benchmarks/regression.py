@@ -1,16 +1,19 @@
-"""Compares the speed of this revision with the last stored result: `make bench`.
+"""Compares the speed of this revision with a stored result of the same machine: `make bench`.
 
 A short set of measurements: training and evaluation step of GoogLeNet (paper's stem, 64 px, batch
 128) in float32 and bfloat16, reading of the decoded cache, and warm start of the training command
-to its first step. The data are the embedded digits, so nothing is downloaded. To keep another or a
-busy machine from looking like a change of the code, each rate is divided by that of a matrix
-product measured in the same run and dtype (float32 for reading and start-up) before comparison.
+to its first step. The data are the embedded digits, so nothing is downloaded. To keep a busy
+machine from looking like a change of the code, each rate is divided by that of a matrix product
+measured in the same run and dtype (float32 for reading and start-up) before comparison.
 
-Prints changes of more than 10%, and exits with 1 if something became slower by more than 10% and by
-more than the spread of its measurements.
+Compares with the newest result in benchmarks/results/ of the same processor, number of cores,
+Python and versions of libraries: others would show what those change, not what the code does. If
+there is none, says how the newest differs. Prints changes of more than 10%, and exits with 1 if
+something became slower by more than 10% and by more than the spread of its measurements.
 
-  python -m benchmarks.regression            compare with the newest result in benchmarks/results/
-  python -m benchmarks.regression --store    and store the new result there
+  python -m benchmarks.regression                  compare
+  python -m benchmarks.regression --store          and store the new result in benchmarks/results/
+  python -m benchmarks.regression --against FILE   compare with this result, wherever it is from
 
 On two CPU cores: about 4 minutes.
 """
@@ -28,6 +31,9 @@ from benchmarks.contenders import network
 RESULTS = measure.ROOT / "benchmarks" / "results"
 # Smaller relative changes are considered noise.
 THRESHOLD = 0.10
+# Entries of the environment that must be equal for a change to be one of the code. Results of
+# earlier versions lack some, so it is unknown whether they are of the same processor.
+_MACHINE = ("cpu", "cpu_model", "cpu_instructions", "cores", "python", "versions")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,6 +42,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--store", action="store_true", help="add the result to --results")
     parser.add_argument(
         "--results", type=measure.local_path, default=RESULTS, help="directory of results"
+    )
+    parser.add_argument(
+        "--against",
+        type=measure.local_path,
+        metavar="FILE",
+        help="result to compare with, of any machine and versions",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -140,13 +152,66 @@ def changes(
     return {name: new[name] / old[name] - 1 for name in new if name in old}
 
 
-def newest_result(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
-    """Returns the file and contents of the latest stored result, or None."""
-    results = [
-        (path, json.loads(path.read_text(encoding="utf-8")))
-        for path in folder.glob("regression-*.json")
-    ]
-    return max(results, key=lambda each: each[1]["environment"]["date"], default=None)
+def read_result(path: pathlib.Path) -> dict[str, Any]:
+    """Returns a stored result.
+
+    Raises:
+      BenchmarkError: if it cannot be read.
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if result["benchmark"] == "regression":
+            return result
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise measure.BenchmarkError(f"{path}: cannot be read: {error}") from error
+    raise measure.BenchmarkError(f"{path}: must be a result of benchmarks.regression")
+
+
+def stored_results(folder: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
+    """Returns the files and contents of the stored results, newest first."""
+    results = [(path, read_result(path)) for path in folder.glob("regression-*.json")]
+    return sorted(results, key=lambda each: each[1]["environment"]["date"], reverse=True)
+
+
+def differences(here: Mapping[str, Any], stored: Mapping[str, Any], batch_size: int) -> list[str]:
+    """Returns a line for each difference to a stored result that may affect speed.
+
+    Args:
+      here: environment of this measurement.
+      stored: the result.
+      batch_size: images of a step in this measurement.
+    """
+    there, lines = stored["environment"], []
+    if stored["settings"]["batch_size"] != batch_size:
+        lines.append(f"batch size: {batch_size} here, {stored['settings']['batch_size']} there")
+    for name in _MACHINE:
+        now, before = here.get(name), there.get(name)
+        if isinstance(now, Mapping) and isinstance(before, Mapping):
+            lines += [
+                f"{package} {now.get(package, 'missing')} here, {before.get(package, 'missing')} "
+                "there"
+                for package in sorted({*now, *before})
+                if now.get(package) != before.get(package)
+            ]
+        elif now != before:
+            lines.append(f"{name}: {_words(now)} here, {_words(before)} there")
+    return lines
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "not recorded"
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def describe_machine(environment: Mapping[str, Any]) -> str:
+    """Returns the processor of a result and its versions, in one line."""
+    parts = [f"{environment['cores']} cores", environment["cpu"]]
+    if environment.get("cpu_model"):
+        parts[-1] += f" ({environment['cpu_model']})"
+    parts.append(" ".join(environment.get("cpu_instructions", ())) or "instructions not recorded")
+    parts.append(f"Python {environment['python']}, jax {environment['versions']['jax']}")
+    return "; ".join(parts)
 
 
 def store(folder: pathlib.Path, result: dict[str, Any]) -> pathlib.Path:
@@ -206,22 +271,58 @@ def verdict(moved: Mapping[str, float], spreads: Mapping[str, float]) -> tuple[l
     return lines, slower
 
 
+def baseline(
+    arguments: argparse.Namespace, here: Mapping[str, Any]
+) -> tuple[pathlib.Path | None, dict[str, Any] | None, list[str]]:
+    """Returns the result to compare with, its file, and lines about the choice.
+
+    Args:
+      arguments: parsed command line.
+      here: environment of this measurement.
+
+    Raises:
+      BenchmarkError: if --against cannot be read.
+    """
+    if arguments.against:
+        chosen = read_result(arguments.against)
+        others = differences(here, chosen, arguments.batch_size)
+        warning = ["Measured under other conditions, so a change may not be one of the code:"]
+        return arguments.against, chosen, warning + others if others else []
+    results = stored_results(arguments.results)
+    for path, each in results:
+        if not differences(here, each, arguments.batch_size):
+            return path, each, []
+    if not results:
+        return None, None, [f"No earlier result in {arguments.results}"]
+    path, newest = results[0]
+    return (
+        None,
+        None,
+        [
+            f"No result of this machine and these versions in {arguments.results}; store one with "
+            "--store",
+            f"The newest, {path.name}, is not compared (--against={path} would):",
+            *differences(here, newest, arguments.batch_size),
+        ],
+    )
+
+
 def main() -> None:
     """Runs the command."""
     arguments = parse()
-    stored = newest_result(arguments.results)
+    here = measure.environment()
+    # Before the minutes of the measurement, for a wrong --against.
+    path, before, notes = baseline(arguments, here)
     result = run(arguments)
     measure.write_json(arguments.json, result)
-    path, before = stored or (None, None)
     moved = changes(before["figures"], result["figures"]) if before else {}
     print(report(result, before, moved))
+    print(f"\nNow: revision {here['revision']}, {describe_machine(here)}")
     if before:
-        here, there = result["environment"], before["environment"]
-        print(f"\nBefore: {path}, revision {there['revision']}, {there['date']}")
-        if (here["cpu"], here["cores"]) != (there["cpu"], there["cores"]):
-            print(f"Measured on another machine: {there['cores']} cores, {there['cpu']}")
-    else:
-        print(f"\nNo earlier result in {arguments.results}")
+        there = before["environment"]
+        print(f"Before: {path}, revision {there['revision']}, {there['date']}")
+        print(f"  {describe_machine(there)}")
+    print("\n".join(notes))
     lines, slower = verdict(
         moved, max_spreads(before["figures"], result["figures"]) if before else {}
     )

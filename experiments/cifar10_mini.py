@@ -29,7 +29,7 @@ def get_config() -> Config:
         name="cifar10_mini",
         data=Data(name="cifar10", image_size=32),
         augment=Augment(crop="pad", pad=4, flip=True),
-        model=Model(name="mini_googlenet", dropout=0.2, dtype="bfloat16"),
+        model=Model(name="mini_googlenet", dropout=0.2, dtype="auto"),
         optimizer=Optimizer(name="sgd_nesterov", momentum=0.9, weight_decay=5e-4),
         schedule=Schedule(name="cosine", learning_rate=0.1, warmup="5 epochs"),
         train=Train(batch_size=128, duration="65 epochs", label_smoothing=0.1),

@@ -144,6 +144,17 @@ def define_trained(*, or_config: bool = False) -> TrainedFlags:
     return defined
 
 
+def define_inference_dtype() -> flags.FlagHolder[str]:
+    """Defines the flag for the dtype that a network computes in when it is used."""
+    return flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "type that the network computes in; auto = float32 on a CPU, whose programs are cached, "
+        "elsewhere that of the training",
+    )
+
+
 def define_platform() -> flags.FlagHolder[str]:
     """Defines the flag for the kind of device to compute on."""
     return flags.DEFINE_string("platform", "", "cpu, gpu or tpu; empty = the best available")

@@ -1,5 +1,10 @@
 """Trains or evaluates a network: parses flags, then makes one call into the package."""
 
+from inception_jax.runtime import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use_huge_pages()  # Restarts; the imports below are the new process's.
+
 import functools
 import json
 from collections.abc import Sequence
@@ -8,7 +13,6 @@ from absl import flags
 
 from inception_jax import cli
 from inception_jax.errors import UserError
-from inception_jax.runtime import huge_pages
 
 USAGE = """
 Train a network, resume a run, or evaluate a checkpoint.
@@ -74,5 +78,4 @@ def main(positional: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.use_huge_pages()
     cli.run(main, USAGE, settings_of="workdir")

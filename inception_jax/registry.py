@@ -500,7 +500,7 @@ OPTIMIZERS = Registry(
     setting="optimizer.name",
     part=OptimizerPart,
     module="inception_jax.training.optimizers",
-    common=["clip_norm", "sam_rho"],
+    common=["clip_norm", "sam_rho", "norm_bias_lr_ratio"],
 )
 SCHEDULES = Registry(
     "schedule", setting="schedule.name", part=Part, module="inception_jax.training.schedules"

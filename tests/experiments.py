@@ -1,5 +1,6 @@
 """Loads experiments as the command line does."""
 
+import ast
 import warnings
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from inception_jax.config import Config
 
 def load(arguments: Sequence[str]) -> Config:
     """Returns the configuration that a command's arguments make, as the command line does."""
+    arguments, entries = cli._without_entries(arguments)
     argv = ["command", *cli.with_tuples(arguments)]
     argv = [each for each in argv if each == "command" or each.startswith("--config")]
     values = flags.FlagValues()
@@ -22,5 +24,8 @@ def load(arguments: Sequence[str]) -> Config:
         warnings.simplefilter("ignore", DeprecationWarning)
         values(argv)
     config: Config = values.config
+    for path, text in entries.items():
+        value = text if configs.entry_type(path) is str else ast.literal_eval(text)
+        configs.put(config, path, value)
     configs.validate(config)
     return config

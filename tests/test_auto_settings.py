@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
 import pytest
@@ -152,6 +153,22 @@ def test_open_settings_need_auto_size(path: str, value: object, words: str) -> N
         configs.validate(config)
 
 
+Processor = Callable[..., None]
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Processor]:
+    """Makes the package believe in a processor with these flags, and in a version of JAX."""
+
+    def believe(flags: str, version: tuple[int, ...] = (0, 12, 0)) -> None:
+        monkeypatch.setattr(ops, "_cpu_flags", flags.split)
+        monkeypatch.setattr(jax, "__version_info__", version)
+        ops.bfloat16_slowdown.cache_clear()
+
+    yield believe
+    ops.bfloat16_slowdown.cache_clear()
+
+
 def test_auto_dtype_follows_the_hardware() -> None:
     config = Config()
     config.model.dtype = "auto"
@@ -171,17 +188,39 @@ def test_auto_dtype_follows_the_hardware() -> None:
     ],
 )
 def test_bfloat16_is_chosen_for_cpus_that_multiply_it(
-    flags: str, version: tuple[int, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+    flags: str, version: tuple[int, ...], reason: str, processor: Processor
 ) -> None:
-    monkeypatch.setattr(ops, "_cpu_flags", flags.split)
-    monkeypatch.setattr(jax, "__version_info__", version)
-    ops.bfloat16_slowdown.cache_clear()
-    try:
-        found = ops.bfloat16_slowdown()
-        assert reason in found and bool(reason) == bool(found)
-        assert ops.auto_dtype() == ("float32" if reason else "bfloat16")
-    finally:
-        ops.bfloat16_slowdown.cache_clear()
+    processor(flags, version)
+    found = ops.bfloat16_slowdown()
+    assert reason in found and bool(reason) == bool(found)
+    assert ops.auto_dtype() == ("float32" if reason else "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "words"),
+    [
+        (
+            "amx_bf16 amx_tile",
+            "bfloat16",
+            "computing in bfloat16, which this CPU multiplies; --conf",
+        ),
+        ("avx2 avx512f", "float32", "computing in float32, not bfloat16: this CPU is not known to"),
+    ],
+)
+def test_start_says_which_dtype_the_hardware_decided(
+    flags: str, dtype: str, words: str, data_directory: pathlib.Path, processor: Processor
+) -> None:
+    processor(flags)
+    settings = small.config(data_directory)
+    settings.model.dtype = "auto"
+    lines: list[str] = []
+    setup = run.assemble(settings, log=lines.append)
+    assert setup.config.model.dtype == dtype
+    assert [line for line in lines if words in line and line.startswith(settings.name)]
+    assert not [line for line in lines if "settings chosen for" in line]
+    lines.clear()
+    run.assemble(setup.config, log=lines.append)  # As a resumed run is.
+    assert not [line for line in lines if "computing in" in line]
 
 
 def test_auto_learning_rate_is_for_sgd_only() -> None:

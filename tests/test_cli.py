@@ -172,7 +172,7 @@ def test_the_experiments_own_values_are_known(tmp_path: pathlib.Path) -> None:
         "own": {
             "train.batch_size": 256,
             "train.image_sizes": [32, 48, 64],
-            "model.dtype": "bfloat16",
+            "model.dtype": "auto",
             "evaluation.flip_tta": True,
             "evaluations": {},
             "name": "tiny_cpu",

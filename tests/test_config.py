@@ -1,3 +1,4 @@
+import ast
 import copy
 import dataclasses
 import json
@@ -65,6 +66,7 @@ def test_configs_do_not_share_groups() -> None:
         ("model.norm_group_size", 48, "must divide the 128 images of a batch; set it to 32 or 64"),
         ("model.norm_group_size", 256, "set it to 128"),
         ("expected.top1", 50.0, "needs a source"),
+        ("optimizer.norm_bias_lr_ratio", 0.0, "more than 0"),
         ("evaluation.metrics", ("top1", "top_5"), "Did you mean top5?"),
         ("evaluation.metrics", ("top5",), "must contain 'top1', which selects the best"),
         ("evaluations", {"mine": 3}, "a mapping of names to View"),
@@ -75,6 +77,11 @@ def test_configs_do_not_share_groups() -> None:
             "evaluations",
             {"mine": View(crop=0.5)},
             "mine.crop = 0.5: must be 0 or 1",
+        ),
+        (
+            "evaluations",
+            {"mine": View(shift_tta=64)},
+            "shift_tta = 64: must be less than",
         ),
         ("evaluations", {"mine": View(every="1")}, ".mine.every = '1': must be a duration"),
     ],
@@ -120,6 +127,53 @@ def test_settings_unused_by_the_model_are_refused() -> None:
     config = Config()
     config.model.name, config.model.stem, config.model.aux_heads = "mini_googlenet", "s16", True
     with pytest.raises(ConfigError, match=r"model\.stem(.|\n)*aux_heads"):
+        configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "other", "words"),
+    [
+        ("init.whiten", True, "init.pretrained='x.safetensors'", "must be False"),
+        ("optimizer.sam_rho", 0.1, "init.whiten=True", "must be 0"),
+        ("init.whiten_bias", "3 epochs", "init.whiten=False", "needs config.init.whiten"),
+        ("train.lookahead", "5 steps", "train.ema='1 epoch'", "must be empty with config.train"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(
+    path: str, value: object, other: str, words: str
+) -> None:
+    config = Config()
+    configs.put(config, path, value)
+    if path != "init.whiten_bias":
+        configs.validate(config)
+    name, _, text = other.partition("=")
+    configs.put(config, name, ast.literal_eval(text))
+    with pytest.raises(ConfigError, match=rf"config\.{path} = .*{words}"):
+        configs.validate(config)
+
+
+def test_distillation_needs_an_average() -> None:
+    config = Config(train=Train(distill_start="40 epochs"))
+    with pytest.raises(ConfigError, match=r"distill_start = '40 epochs': needs an average; set"):
+        configs.validate(config)
+    for average in ({"ema": "1 epoch"}, {"lookahead": "5 steps"}):
+        configs.validate(Config(train=Train(distill_start="40 epochs", **average)))
+
+
+def test_alternating_flips_need_flips() -> None:
+    config = Config()
+    config.augment.alternating_flip = True
+    configs.validate(config)
+    config.augment.flip = False
+    with pytest.raises(ConfigError, match=r"alternating_flip = True: needs config\.augment\.flip;"):
+        configs.validate(config)
+
+
+def test_rate_of_norm_biases_needs_batch_norm() -> None:
+    config = Config(optimizer=Optimizer(norm_bias_lr_ratio=64.0))
+    configs.validate(config)
+    config.model.norm = "lrn"
+    with pytest.raises(ConfigError, match=r"norm_bias_lr_ratio = 64: must be 1 with .*'lrn'"):
         configs.validate(config)
 
 
@@ -209,7 +263,7 @@ def test_unknown_attributes_are_refused() -> None:
 
 
 def test_a_group_is_not_a_setting() -> None:
-    with pytest.raises(ConfigError, match=r"give one of init\.pretrained"):
+    with pytest.raises(ConfigError, match=r"give one of init\.identity_convs, init\.pre"):
         configs.check_path("init")
 
 
@@ -424,6 +478,15 @@ def test_ema_may_change_its_duration_but_not_be_added() -> None:
     assert configs.changes(old, new)[0] == ["config.train.ema: '' → '10 steps'"]
     old.train.ema = "20 steps"
     assert configs.changes(old, new) == ([], ["config.train.ema: '20 steps' → '10 steps'"])
+
+
+def test_lookahead_may_change_its_interval_but_not_be_added() -> None:
+    old, new = Config(), Config()
+    new.train.lookahead = "5 steps"
+    assert new.train.keeps_average and not old.train.keeps_average
+    assert configs.changes(old, new)[0] == ["config.train.lookahead: '' → '5 steps'"]
+    old.train.lookahead = "4 steps"
+    assert configs.changes(old, new) == ([], ["config.train.lookahead: '4 steps' → '5 steps'"])
 
 
 def test_every_setting_is_in_the_help_and_the_reference() -> None:

@@ -41,6 +41,11 @@ def experiment(name: str) -> Config:
     )
 
 
+@pytest.mark.parametrize("name", ["tiny_cpu", "cifar10_mini", "image_folder"])
+def test_experiments_for_cpus_compute_in_what_the_hardware_multiplies(name: str) -> None:
+    assert load([f"--config={PATHS[name]}"]).model.dtype == "auto"
+
+
 def docstring(name: str) -> str:
     return ast.get_docstring(ast.parse(PATHS[name].read_text(encoding="utf-8"))) or ""
 

@@ -109,8 +109,9 @@ def _steps(number: int) -> str:
 
 
 def describe(before: Config, after: Config) -> str:
-    """Returns what `resolve` chose, as flags would set it; '' if nothing was left open."""
-    chosen = {path: get(after, path) for path in OPEN if is_open(before, path)}
+    """Returns what `resolve` chose by the data, as flags would set it; '' if nothing was open."""
+    paths = [path for path in OPEN if path != "model.dtype" and is_open(before, path)]
+    chosen = {path: get(after, path) for path in paths}
     return ", ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={shlex.quote(str(value))}"
         for name, value in chosen.items()

@@ -16,6 +16,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from inception_jax.config.durations import parse_duration
+
 # Bits per channel that cameras and scanners use in 16-bit files.
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 STEMS = ("paper", "s16", "s32")
@@ -236,6 +238,11 @@ class Augment:
         low=1,
     )
     flip: bool = resumable(True, "flip half of the training images horizontally")
+    alternating_flip: bool = resumable(
+        False,
+        "flip each image in every second epoch, half of them in the first, instead of at random. "
+        "Experimental: not used in any recorded run",
+    )
     policy: str = resumable(
         "none",
         "augmentation policy applied after crop and flip: randaugment, trivialaugment or none. "
@@ -355,6 +362,12 @@ class Optimizer:
     decay_norm_and_bias: bool = resumable(
         False, "apply weight decay to biases and norm parameters too, not only to kernels"
     )
+    norm_bias_lr_ratio: float = resumable(
+        1.0,
+        "learning rate of the biases of BatchNorm, relative to that of the other parameters; does "
+        "not multiply weight decay (except with lamb). Experimental: not used in any recorded run",
+        above=0,
+    )
     clip_norm: float = resumable(0.0, "clip the gradient's global norm to this; 0 = off", low=0)
     sam_rho: float = resumable(
         0.0,
@@ -402,6 +415,21 @@ class Init:
         "ignored on resume; empty = random initialization",
         path=True,
     )
+    identity_convs: bool = setting(
+        False,
+        "start convolutions larger than 1x1, except the first, by passing their input channels on; "
+        "output channels beyond those stay random. Experimental: not used in any recorded run",
+    )
+    whiten: bool = setting(
+        False,
+        "compute filters of the first convolution from training images, so that their responses "
+        "are uncorrelated, and do not train them. Experimental: not used in any recorded run",
+    )
+    whiten_bias: str = resumable_duration(
+        "",
+        "for whiten: time from the start after which the biases of those filters are not trained "
+        "any more either, nor with BatchNorm its scales; empty = always trained",
+    )
 
 
 @dataclasses.dataclass
@@ -439,6 +467,27 @@ class Train:
         "time constant of the exponential moving average (EMA) of parameters and BatchNorm "
         "statistics that evaluation uses; empty = no EMA",
     )
+    lookahead: str = resumable_duration(
+        "",
+        "interval between updates of Lookahead's average, from which training then continues and "
+        "which evaluation uses; empty = no Lookahead. Experimental: not used in any recorded run",
+    )
+    lookahead_decay: float = resumable(
+        0.95,
+        "for lookahead: weight of the old average for each step of the interval, at the end of "
+        "training; it rises with the third power of the progress",
+        low=0,
+        below=1,
+    )
+    distill_start: str = resumable_duration(
+        "",
+        "time from the start after which the average of `ema` or `lookahead` teaches: its "
+        "predictions become a part of the targets, for a third more compute; empty = never. "
+        "Experimental: not used in any recorded run",
+    )
+    distill_weight: float = resumable(
+        0.5, "for distill_start: weight of these predictions in the targets", above=0, high=1
+    )
     on_nonfinite: str = resumable(
         "stop",
         "on a NaN or infinite loss or gradient: stop, so that the run can resume from the last "
@@ -451,6 +500,11 @@ class Train:
         unit="steps",
         low=1,
     )
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether the training state contains averages of parameters and statistics."""
+        return bool(parse_duration(self.ema) or parse_duration(self.lookahead))
 
 
 @dataclasses.dataclass
@@ -519,6 +573,13 @@ class View:
         0, "size to resize images to; 0 = evaluation.image_size", unit="pixels", low=0
     )
     flip_tta: bool = resumable(False, "average the logits of each image and its mirror image")
+    shift_tta: int = resumable(
+        0,
+        "average the logits of each image with those of two copies, shifted by this much up and "
+        "left, and down and right, which together count as much as the image; 0 = off",
+        unit="pixels",
+        low=0,
+    )
     every: str = resumable_duration(
         "", "interval between these evaluations; empty = evaluation.every"
     )

@@ -276,9 +276,9 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
             for each in dict.fromkeys([*before, *after])
             if not _same(before.get(each), after.get(each), field.metadata["duration"])
         ]
-    # The EMA is part of the state, so it can be neither added to a run nor removed.
-    if bool(durations.parse_duration(old.train.ema)) != bool(
-        durations.parse_duration(new.train.ema)
-    ):
-        refused.append(f"config.train.ema: {old.train.ema!r} → {new.train.ema!r}")
+    # An average is part of the state, so it can be neither added to a run nor removed.
+    for path in ("train.ema", "train.lookahead"):
+        was, now = get(old, path), get(new, path)
+        if bool(durations.parse_duration(was)) != bool(durations.parse_duration(now)):
+            refused.append(f"config.{path}: {was!r} → {now!r}")
     return refused, allowed

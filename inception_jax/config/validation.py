@@ -85,6 +85,38 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.augment.pad = {config.augment.pad}: must be less than data.image_size = "
             f"{config.data.image_size}"
         )
+    if config.augment.alternating_flip and not config.augment.flip:
+        yield (
+            "config.augment.alternating_flip = True: needs config.augment.flip; set it to True, or "
+            "this to False"
+        )
+    if config.init.whiten and config.init.pretrained:
+        yield (
+            "config.init.whiten = True: must be False with config.init.pretrained, a file that "
+            "has the first convolution's kernel"
+        )
+    if config.init.whiten and config.optimizer.sam_rho:
+        yield (
+            f"config.optimizer.sam_rho = {config.optimizer.sam_rho:g}: must be 0 with "
+            "config.init.whiten, whose filters it would change"
+        )
+    if durations.parse_duration(config.init.whiten_bias) and not config.init.whiten:
+        yield (
+            f"config.init.whiten_bias = {config.init.whiten_bias!r}: needs config.init.whiten; set "
+            "it to True, or leave this empty"
+        )
+    if durations.parse_duration(config.train.ema) and durations.parse_duration(
+        config.train.lookahead
+    ):
+        yield (
+            f"config.train.lookahead = {config.train.lookahead!r}: must be empty with "
+            f"config.train.ema = {config.train.ema!r}, because evaluation uses one average only"
+        )
+    if durations.parse_duration(config.train.distill_start) and not config.train.keeps_average:
+        yield (
+            f"config.train.distill_start = {config.train.distill_start!r}: needs an average; set "
+            "config.train.ema or config.train.lookahead, or leave this empty"
+        )
     if config.data.storage != "records":
         # Decoded storage keeps the full center square at the model's image size.
         if config.augment.crop == "inception":
@@ -137,6 +169,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"{' and '.join(known)} only, not for {optimizer!r}; set one (tools.find_lr suggests "
             "one)"
         )
+    if config.optimizer.norm_bias_lr_ratio != 1 and config.model.norm != "batch":
+        yield (
+            f"config.optimizer.norm_bias_lr_ratio = {config.optimizer.norm_bias_lr_ratio:g}: must "
+            f"be 1 with config.model.norm = {config.model.norm!r}, which has no BatchNorm"
+        )
     if "top1" not in config.evaluation.metrics:
         yield (
             f"config.evaluation.metrics = {config.evaluation.metrics}: must contain 'top1', which "
@@ -153,6 +190,11 @@ def _contradictions(config: Config) -> Iterator[str]:
                 f"config.evaluations.{name}.crop = {view.crop:g}: must be 0 or 1 with "
                 f"config.data.storage = {config.data.storage!r}; set data.storage to 'records' for "
                 "a smaller crop"
+            )
+        if view.shift_tta >= config.data.image_size:
+            yield (
+                f"config.evaluations.{name}.shift_tta = {view.shift_tta}: must be less than "
+                f"config.data.image_size = {config.data.image_size}"
             )
     if config.expected.top1 and not config.expected.source:
         yield (

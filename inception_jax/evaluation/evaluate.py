@@ -51,12 +51,14 @@ class LoweredEvaluation:
     Attributes:
       forward: from variables and images to logits, by image size in pixels.
       measure: from logits to metric sums and predictions.
-      mean: averages the logits of images and their mirror images; None: not used.
+      mean: averages the logits of two views of images; None: not used.
+      shift: shifts images; None: not used.
     """
 
     forward: dict[int, jax.stages.Lowered]
     measure: jax.stages.Lowered
     mean: jax.stages.Lowered | None
+    shift: jax.stages.Lowered | None
 
 
 class Evaluator:
@@ -108,6 +110,7 @@ class Evaluator:
             for size in {self.image_size(view) for view in self.views.values()}
         }
         self._mean: Any = jax.jit(lambda a, b: (a + b) / 2, in_shardings=batch, out_shardings=batch)
+        self._shift: Any = jax.jit(_shifted, in_shardings=(batch, replicated), out_shardings=batch)
         self._measure: Any = jax.jit(
             self._metrics_and_predictions,
             in_shardings=(batch, batch, batch),
@@ -125,10 +128,14 @@ class Evaluator:
         self._measure = lowered.measure.compile()
         if lowered.mean:
             self._mean = lowered.mean.compile()
+        if lowered.shift:
+            self._shift = lowered.shift.compile()
 
     def lower(self, variables: Variables) -> "LoweredEvaluation":
         """Traces the programs for variables of these shapes and dtypes; computes nothing."""
-        flip = jax.ShapeDtypeStruct((), bool, sharding=sharding.replicated(self._run.mesh))
+        replicated = sharding.replicated(self._run.mesh)
+        flip = jax.ShapeDtypeStruct((), bool, sharding=replicated)
+        offset = jax.ShapeDtypeStruct((), np.int32, sharding=replicated)
         batch = pipeline.abstract_eval_batch(
             self._run.dataset.evaluation, batch_size=self.batch_size, mesh=self._run.mesh
         )
@@ -142,11 +149,13 @@ class Evaluator:
             ),
             next(iter(forward.values())).out_info,
         )
-        flips = any(view.flip_tta for view in self.views.values())
+        shifts = any(view.shift_tta for view in self.views.values())
+        averages = shifts or any(view.flip_tta for view in self.views.values())
         return LoweredEvaluation(
             forward=forward,
             measure=self._measure.lower(logits, batch["label"], batch["mask"]),
-            mean=self._mean.lower(logits, logits) if flips else None,
+            mean=self._mean.lower(logits, logits) if averages else None,
+            shift=self._shift.lower(batch["image"], offset) if shifts else None,
         )
 
     def __call__(
@@ -184,9 +193,11 @@ class Evaluator:
     @functools.cached_property
     def _flips(self) -> tuple[jax.Array, jax.Array]:
         """False and True, on all devices; not placed before they are needed, for `lower`."""
-        placed = sharding.replicated(self._run.mesh)
-        no_flip, flip = jax.device_put((np.bool_(False), np.bool_(True)), placed)
-        return no_flip, flip
+        return self._place(np.bool_(False)), self._place(np.bool_(True))
+
+    def _place(self, value: np.generic) -> jax.Array:
+        """Returns a number on all devices."""
+        return jax.device_put(value, sharding.replicated(self._run.mesh))
 
     def _evaluate(self, variables: Variables, names: list[str]) -> dict[str, EvalResult]:
         """Returns the results of evaluations that use the same images."""
@@ -205,14 +216,28 @@ class Evaluator:
     ) -> dict[str, tuple[EvalMetrics, Arrays]]:
         """Returns the results of one batch for evaluations that use the same images, by name."""
         forward = self._forward[self.image_size(self.views[names[0]])]
-        flipped = [name for name in names if self.views[name].flip_tta]
-        no_flip, flip = self._flips
-        logits = forward(variables, batch["image"], no_flip)
-        mean = logits
-        if flipped:
-            mean = self._mean(logits, forward(variables, batch["image"], flip))
+
+        @functools.cache
+        def logits_of(offset: int, mirrored: bool) -> jax.Array:
+            images = batch["image"]
+            if offset:
+                images = self._shift(images, self._place(np.int32(offset)))
+            logits: jax.Array = forward(variables, images, self._flips[mirrored])
+            return logits
+
+        def mirror_mean(view: View, offset: int) -> jax.Array:
+            logits = logits_of(offset, False)
+            return self._mean(logits, logits_of(offset, True)) if view.flip_tta else logits
+
+        def mean(view: View) -> jax.Array:
+            logits = mirror_mean(view, 0)
+            if view.shift_tta:
+                both = [mirror_mean(view, offset) for offset in (-view.shift_tta, view.shift_tta)]
+                logits = self._mean(logits, self._mean(*both))
+            return logits
+
         return {
-            name: self._measure(mean if name in flipped else logits, batch["label"], batch["mask"])
+            name: self._measure(mean(self.views[name]), batch["label"], batch["mask"])
             for name in names
         }
 
@@ -271,6 +296,19 @@ class Evaluator:
         if self._metrics.needs_logits:
             kept["logits"] = logits.astype(jnp.float32)
         return EvalMetrics.single_batch(self._metrics.per_example(logits, labels), mask), kept
+
+
+def _shifted(images: jax.Array, offset: jax.Array) -> jax.Array:
+    """Returns images, uint8 [B, H, W, 3], shifted down and right by an offset, int32 [].
+
+    The border is filled by reflection at its pixels, as `infer_mirror_translate` in
+    KellerJordan/cifar10-airbench does, whose weights of the views are those of `View.shift_tta`.
+    """
+    for axis in (1, 2):
+        last = images.shape[axis] - 1
+        source = jnp.abs(jnp.arange(last + 1) - offset)
+        images = jnp.take(images, last - jnp.abs(last - source), axis=axis)
+    return images
 
 
 def _split_for_view(run: Run, name: str, view: View) -> Split:

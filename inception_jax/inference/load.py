@@ -1,5 +1,6 @@
 """Loads trained weights from a workdir or a weights file."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -14,10 +15,6 @@ from inception_jax.models.weights import Weights
 from inception_jax.runtime import environment
 from inception_jax.storage import paths
 from inception_jax.storage.workdir import Workdir
-from inception_jax.telemetry.writers import drop_trivial_top5
-from inception_jax.training import state as states
-from inception_jax.training import workdir as workdirs
-from inception_jax.training.checkpoints import Checkpoints
 
 
 def load(
@@ -42,6 +39,33 @@ def load(
         return from_checkpoint(open_workdir(workdir), checkpoint, log)
     assert weights is not None
     return files.load(weights, log)
+
+
+def for_inference(
+    weights: Weights, dtype: str = "auto", log: Callable[[str], None] = print
+) -> Weights:
+    """Returns weights whose network computes in a dtype that suits a command.
+
+    Args:
+      weights: as `load` returns them.
+      dtype: "float32" or "bfloat16"; "auto": the dtype of the training, except that a CPU computes
+        in float32, because only programs in float32 can be loaded from the compilation cache there
+        (`ops.compiler_options`).
+      log: receives a line if the dtype is not that of the training.
+    """
+    reason = ""
+    if dtype == "auto":
+        if jax.default_backend() != "cpu":
+            return weights
+        dtype = "float32"
+        reason = ": on a CPU that starts faster; --dtype=bfloat16 overrides"
+    model = dataclasses.replace(weights.model, dtype=dtype)
+    changed = dataclasses.replace(weights, model=model)
+    # A network that was given as an object, or that does not follow the setting, stays as it is.
+    before, after = (getattr(each.network, "dtype", None) for each in (weights, changed))
+    if before != after:
+        log(f"computing in {after}, not in {before} as in training{reason}")
+    return changed
 
 
 def open_workdir(location: paths.Path) -> Workdir:
@@ -77,6 +101,12 @@ def from_checkpoint(
       CheckpointError: if the run or checkpoint does not exist, or does not match the model.
       ConfigError: if the run's network is not registered.
     """
+    # Half a second of imports, which a file of weights does not need.
+    from inception_jax.telemetry.writers import drop_trivial_top5
+    from inception_jax.training import state as states
+    from inception_jax.training import workdir as workdirs
+    from inception_jax.training.checkpoints import Checkpoints
+
     record = workdirs.require_record(workdir, has_model=model is not None)
     for note in record.notes:
         log(note)
@@ -86,7 +116,7 @@ def from_checkpoint(
         if model is None
         else protocol.adapt(model, name=type(model).__name__, place="model"),
         image_size=config.data.image_size,
-        has_average=bool(configs.parse_duration(config.train.ema)),
+        has_average=config.train.keeps_average,
     )
     with Checkpoints(workdir.checkpoints, read_only=True) as checkpoints:
         step = checkpoints.resolve(which)

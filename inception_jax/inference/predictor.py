@@ -12,8 +12,7 @@ from inception_jax.errors import DataError, UserError, nearest
 from inception_jax.inference import image_files
 from inception_jax.input import augment
 from inception_jax.models import ops
-from inception_jax.models.weights import Weights, check_weights
-from inception_jax.training.state import Variables
+from inception_jax.models.weights import Variables, Weights, check_weights
 
 # Files that a thread reads and decodes at a time.
 _CHUNK_SIZE = 4
@@ -86,7 +85,7 @@ class Predictor:
         self._logits = jax.jit(self._compute_logits, compiler_options=self.compiler_options)
 
     @property
-    def compiler_options(self) -> dict[str, bool]:
+    def compiler_options(self) -> dict[str, bool | int]:
         """Compiler options for programs of the network."""
         return ops.compiler_options(self.model)
 

@@ -80,7 +80,8 @@ def augment(
         images = resized_crop(
             keys[_Stream.CROP], images, settings.crop_scale_min, settings.crop_ratio_max
         )
-    if settings.flip:
+    # Alternating flips depend on the example and the epoch, and are made on the host (`pipeline`).
+    if settings.flip and not settings.alternating_flip:
         images = flip(keys[_Stream.FLIP], images)
     if settings.policy != "none":
         images = _policy(keys[_Stream.POLICY], images, settings)

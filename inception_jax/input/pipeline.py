@@ -21,6 +21,9 @@ from inception_jax.runtime import sharding
 
 # Maps a position in the infinite sequence of training examples to the crop function to use there.
 CropSampler = Callable[[int], CropFn]
+# The last word of Philox's counter for flips, which separates them from the epoch orders (0) and
+# the crops (1).
+_FLIP_STREAM = 2
 
 
 @functools.lru_cache(maxsize=4)
@@ -48,6 +51,26 @@ def train_indices(step: int, *, batch_size: int, examples: int, seed: int) -> np
     return indices
 
 
+@functools.lru_cache(maxsize=4)
+def _first_flips(seed: int, examples: int) -> np.ndarray:
+    """Returns whether each example is flipped in the first epoch, bool [examples]."""
+    counter = np.array([0, 0, 0, _FLIP_STREAM], np.uint64)
+    philox = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=counter)
+    return np.random.Generator(philox).integers(0, 2, examples, np.bool_)
+
+
+def alternating_flips(step: int, *, batch_size: int, examples: int, seed: int) -> np.ndarray:
+    """Returns which examples of a step are flipped, bool [batch_size], so that epochs alternate.
+
+    Each example is flipped in every second epoch; whether in the even or the odd ones depends on
+    (seed, example). So any two epochs in a row contain each image once as it is and once mirrored
+    (Jordan 2024, arXiv:2404.00498, "alternating flip").
+    """
+    indices = train_indices(step, batch_size=batch_size, examples=examples, seed=seed)
+    epochs = np.arange(step * batch_size, (step + 1) * batch_size) // examples
+    return _first_flips(seed, examples)[indices] ^ (epochs % 2 == 1)
+
+
 def train_batches(
     split: Split,
     *,
@@ -57,6 +80,7 @@ def train_batches(
     stop: int,
     mesh: Mesh | None = None,
     sample_crop: CropSampler | None = None,
+    alternate_flips: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields the batches of steps `start` to `stop` - 1, counted in finished steps.
 
@@ -67,6 +91,7 @@ def train_batches(
       start, stop: range of steps.
       mesh: devices to place each batch on; None: yield this process's part as NumPy arrays.
       sample_crop: crops of the original images (`crops`); None: use whole images.
+      alternate_flips: whether to mirror the images of `alternating_flips`.
 
     Yields:
       image: uint8 [batch_size, H, W, 3] and label: int32 [batch_size], sharded over the devices.
@@ -80,6 +105,11 @@ def train_batches(
         else:
             positions = range(step * batch_size, (step + 1) * batch_size)[rows]
             images = split.read_crops(indices, [sample_crop(position) for position in positions])
+        if alternate_flips:
+            flipped = alternating_flips(
+                step, batch_size=batch_size, examples=len(split), seed=seed
+            )[rows, None, None, None]
+            images = np.where(flipped, images[:, :, ::-1], images)
         return {"image": images, "label": split.labels[indices]}
 
     batches = _prefetch(load, start, stop, threads=split.threads)

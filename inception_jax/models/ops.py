@@ -11,6 +11,7 @@ a machine without one.
 
 import functools
 import importlib.metadata
+import os
 import pathlib
 import re
 from typing import Literal
@@ -117,18 +118,26 @@ def _cpu_flags() -> list[str]:
         return []
 
 
-def compiler_options(network: nn.Module, device: jax.Device | None = None) -> dict[str, bool]:
+def compiler_options(network: nn.Module, device: jax.Device | None = None) -> dict[str, bool | int]:
     """Returns the compiler options of `jax.jit` for a network on a device; None: the default one.
 
-    On the CPU in bfloat16, they let XLA call oneDNN, which jaxlib 0.12 contains but does not use by
-    default (0.10.2 ignores the option). Only oneDNN runs products and convolutions on the matrix
-    units in both directions, for twice the images per second on a CPU with AMX. The price is that
-    jaxlib cannot write such programs to the compilation cache, which the 10% gained in float32 is
-    not worth.
+    On the CPU:
+
+    - LLVM optimizes at level 1, unless XLA_FLAGS sets the level. The libraries do most of the work,
+      and for the rest level 1 gives programs of the same speed in two thirds of the time.
+    - In bfloat16, XLA calls oneDNN, which jaxlib 0.12 contains but does not use by default (0.10.2
+      ignores the option). Only oneDNN runs products and convolutions on the matrix units in both
+      directions, for twice the images per second on a CPU with AMX. The price is that jaxlib cannot
+      write such programs to the compilation cache, which the gain in float32 is not worth.
     """
-    on_cpu = getattr(network, "rewrite", preferred_rewrite(device)) == "cpu"
-    use = on_cpu and jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16
-    return {"xla_cpu_experimental_onednn_custom_call": True} if use else {}
+    if getattr(network, "rewrite", preferred_rewrite(device)) != "cpu":
+        return {}
+    options: dict[str, bool | int] = {}
+    if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+        options["xla_backend_optimization_level"] = 1
+    if jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16:
+        options["xla_cpu_experimental_onednn_custom_call"] = True
+    return options
 
 
 def conv(
@@ -171,26 +180,23 @@ def matmul_conv(x: jax.Array, kernel: jax.Array, paddings: Paddings) -> jax.Arra
     XLA's own weight gradient takes two to five times as long. Supports only reverse-mode
     differentiation, like every custom_vjp.
     """
-    return _conv_or_patches(x, kernel, paddings)
+    # Otherwise, in evaluation, XLA puts the convolution into the fusion of the product before it,
+    # where it is slower (YNNPACK, jaxlib 0.12).
+    return _conv_or_patches(_materialize(x, kernel.shape[0] > 1), kernel, paddings)
 
 
 def _conv_or_patches(x: jax.Array, kernel: jax.Array, paddings: Paddings) -> jax.Array:
-    """Convolves at stride 1 with XLA's convolution, or a matrix product on small feature maps."""
-    if not _is_small_grid(x, kernel):
-        return plain_conv(x, kernel, paddings)
-    patches = _patches(x, kernel.shape[0], paddings)
-    rows = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
-    return rows.reshape(*patches.shape[:-1], -1)
-
-
-def _is_small_grid(x: jax.Array, kernel: jax.Array) -> bool:
-    """Returns whether a product over patches (k * k times the memory of x) beats a convolution.
+    """Convolves at stride 1 with XLA's convolution, or a matrix product on small feature maps.
 
     XLA swaps image and kernel if the image is the smaller one, and has no library call for the
     result: 8 GF/s instead of 250. With a 1x1 kernel, the patches are x itself.
     """
     size = kernel.shape[0]
-    return size == 1 or x.shape[1] * x.shape[2] <= max(size**2, 16)
+    if 1 < size**2 <= x.shape[1] * x.shape[2]:
+        return plain_conv(x, kernel, paddings)
+    patches = _patches(x, size, paddings)
+    rows = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    return rows.reshape(*patches.shape[:-1], -1)
 
 
 def _matmul_conv_forward(
@@ -215,22 +221,41 @@ def _matmul_conv_backward(
     # With respect to the kernel: one product over patches or, on larger feature maps, where writing
     # patches costs more than it saves, one per tap. Not XLA's convolution of x with the gradient:
     # with oneDNN it is wrong for batches of fewer than 16 (jaxlib 0.12).
-    rows = gradient.reshape(-1, gradient.shape[-1])
-    patches = _is_small_grid(x, kernel) or x.shape[-1] < _MIN_CHANNELS
-    inputs = [_patches(x, size, paddings)] if patches else _taps(x, size, paddings)
-    products = [_weight_gradient(part.reshape(-1, part.shape[-1]), rows) for part in inputs]
-    return gradient_x, jnp.stack(products).reshape(kernel.shape)
+    if size == 1 or x.shape[1] * x.shape[2] <= max(size**2, 16) or x.shape[-1] < _MIN_CHANNELS:
+        gradient_kernel = _weight_gradient(_patches(x, size, paddings), gradient)
+    else:
+        gradient_kernel = _weight_gradient_by_taps(x, gradient, size, paddings)
+    return gradient_x, gradient_kernel.reshape(kernel.shape)
 
 
 matmul_conv.defvjp(_matmul_conv_forward, _matmul_conv_backward)
 
 
+def _weight_gradient_by_taps(
+    x: jax.Array, gradient: jax.Array, size: int, paddings: Paddings
+) -> jax.Array:
+    """Returns the gradient of each kernel tap, [size * size, I, O], for x [B, H, W, I].
+
+    In a loop, because XLA would compile a program for each of up to 25 slices: those were a third
+    of the programs in the gradient of an inception module, and of the time to compile it.
+    """
+    x = _materialize(jnp.pad(x, ((0, 0), *paddings, (0, 0))))
+
+    def of_tap(offset: jax.Array) -> jax.Array:
+        start = (0, offset[0], offset[1], 0)
+        tap = lax.dynamic_slice(x, start, (*gradient.shape[:-1], x.shape[-1]))
+        return _weight_gradient(tap, gradient)
+
+    return lax.map(of_tap, np.array(list(np.ndindex(size, size)), np.int32))
+
+
 def _weight_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Returns x.T @ gradient of rows [R, I] and [R, O].
+    """Returns the sum of x.T @ gradient over pixels, [I, O], of [..., I] and [..., O].
 
     In float32 it is a sum of products over chunks of rows: with many rows and a small result, XLA's
     product uses the cores poorly. In bfloat16 the partial sums would be rounded.
     """
+    x, gradient = (each.reshape(-1, each.shape[-1]) for each in (x, gradient))
     num_chunks = min(8, x.shape[0] // 1024)
     if num_chunks <= 1 or x.shape[0] % num_chunks or x.dtype != jnp.float32:
         return x.T @ gradient

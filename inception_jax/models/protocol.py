@@ -9,8 +9,9 @@ in the collection "params"::
     decays(path, leaf) -> bool    Whether weight decay applies to a parameter. Default: to all
                                   named "kernel" with two axes or more.
     first_conv: str               Path of the first convolution, which has "kernel" and, without
-                                  BatchNorm, "bias". Required by Muon, and to initialize from
-                                  weights of a data set with another mean.
+                                  BatchNorm, "bias". Required by Muon, to initialize from weights
+                                  of a data set with another mean, and by config.init.whiten and
+                                  config.init.identity_convs.
     first_norm: str               Path of the BatchNorm after it, if any.
     classifiers: tuple[str, ...]  Paths of the dense layers that compute logits, the network's main
                                   one first. Required by Muon, and to initialize from weights with
@@ -158,6 +159,20 @@ def is_inside(path: str, *modules: str) -> bool:
 def is_kernel(path: str, leaf: Any) -> bool:
     """Returns whether a parameter multiplies activations, judging by its name and shape."""
     return path.rpartition("/")[2] == "kernel" and leaf.ndim >= 2
+
+
+def norm_bias_mask(params: Any) -> Any:
+    """Returns a tree of bools: whether a parameter is the bias of a normalization with a scale."""
+    normalized: set[str] = set()
+
+    def note(path: str, leaf: Any) -> None:
+        del leaf
+        module, _, name = path.rpartition("/")
+        if name == "scale":
+            normalized.add(f"{module}/bias")
+
+    label_params(params, note)
+    return label_params(params, lambda path, _: path in normalized)
 
 
 def label_params(params: Any, label: Callable[[str, Any], Any]) -> Any:

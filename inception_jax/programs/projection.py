@@ -14,6 +14,7 @@ after some microseconds for its start, which are assumptions.
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -162,9 +163,10 @@ def _evaluation_batches(this: Run, batch_size: int) -> dict[int, int]:
     passes = {}
     for name, view in evaluator.views.items():
         every = this.timeline.steps(view.every or default) or total
-        for step in {*range(every, total, every), total}:
-            for flip in {False, view.flip_tta}:
-                passes[step, evaluator.input_key(name), flip] = name
+        steps = {*range(every, total, every), total}
+        flips, shifts = {False, view.flip_tta}, {0, view.shift_tta, -view.shift_tta}
+        for each in itertools.product(steps, [evaluator.input_key(name)], flips, shifts):
+            passes[each] = name
     batches: collections.Counter[int] = collections.Counter()
     for name in passes.values():
         size = evaluator.image_size(evaluator.views[name])

@@ -1,12 +1,16 @@
 """Finds a learning rate with a range test."""
 
+from inception_jax.runtime import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use_huge_pages()  # Restarts; the imports below are the new process's.
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from inception_jax import cli, console
-from inception_jax.runtime import huge_pages
 
 if TYPE_CHECKING:
     from inception_jax.training.lr_range_test import Point
@@ -112,5 +116,4 @@ def _log_progress(point: "Point") -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.use_huge_pages()
     cli.run(main, USAGE)

@@ -1,5 +1,10 @@
 """Classifies image files with a trained network."""
 
+from inception_jax.runtime import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use_huge_pages()  # Restarts; the imports below are the new process's.
+
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,7 +14,6 @@ from absl import flags
 
 from inception_jax import cli, console
 from inception_jax.errors import DataError, RunError, UserError
-from inception_jax.runtime import huge_pages
 from inception_jax.storage import access
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ _DIRECTORY = flags.DEFINE_string(
     None,
     "with --split: directory of the prepared data; default: as in training",
 )
+_DTYPE = cli.define_inference_dtype()
 _PLATFORM = cli.define_platform()
 # Flags may follow image files.
 flags.FLAGS.set_gnu_getopt(True)
@@ -87,6 +92,7 @@ def main(positional: Sequence[str]) -> None:
     if _OUTPUT.value is not None:
         access.check_output_file(_OUTPUT.value, "output")
     console.log(f"network: {weights}")
+    weights = load.for_inference(weights, _DTYPE.value, console.log)
     if images is None:
         _predict_split(weights)
     else:
@@ -248,5 +254,4 @@ def _progress(total: int, predictor: "Predictor") -> "Progress":
 
 
 if __name__ == "__main__":
-    huge_pages.use_huge_pages()
     cli.run(main, USAGE)

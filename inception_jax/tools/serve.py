@@ -1,12 +1,16 @@
 """Serves a local web page that classifies images."""
 
+from inception_jax.runtime import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use_huge_pages()  # Restarts; the imports below are the new process's.
+
 from collections.abc import Sequence
 
 from absl import flags
 
 from inception_jax import cli, console
 from inception_jax.errors import UserError
-from inception_jax.runtime import huge_pages
 
 USAGE = """
 Serve a local web page that classifies images.
@@ -44,6 +48,7 @@ _MEGABYTES = flags.DEFINE_float(
 _MEGAPIXELS = flags.DEFINE_float(
     "max_megapixels", 50, "largest image to accept, in megapixels", 0.001, 89
 )
+_DTYPE = cli.define_inference_dtype()
 _PLATFORM = cli.define_platform()
 
 
@@ -67,6 +72,7 @@ def main(positional: Sequence[str]) -> None:
         devices.initialize(platform=_PLATFORM.value, log=console.log)
         weights = load.load(**_TRAINED.values(), log=console.log)
         console.log(f"network: {weights}; compiling")
+        weights = load.for_inference(weights, _DTYPE.value, console.log)
         predictor = Predictor(weights, batch_size=1)
         limits = Limits(round(1e6 * _MEGABYTES.value), round(1e6 * _MEGAPIXELS.value))
         service = PredictionService(predictor, Explainer(predictor, _LAYER.value), limits)
@@ -81,5 +87,4 @@ def main(positional: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.use_huge_pages()
     cli.run(main, USAGE)

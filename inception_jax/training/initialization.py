@@ -13,6 +13,7 @@ from inception_jax.models import protocol
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
 from inception_jax.storage import access, paths
+from inception_jax.training import kernels
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
@@ -35,15 +36,35 @@ class InitialWeights(NamedTuple):
 def create_state(run: Run) -> TrainState:
     """Returns the state before a run's first step, on all devices.
 
-    Parameters are initialized at random from config.seed, or read from config.init.pretrained.
+    Parameters are initialized at random from config.seed and as config.init says, or read from
+    config.init.pretrained.
 
     Raises:
       UserError: if that file cannot be used.
     """
     abstract, create = states.lower_init(run)
-    if not run.config.init.pretrained:
-        return create()
-    return states.with_initial_weights(create(), initialize_from(run, abstract).values)
+    weights = initialize_from(run, abstract) if run.config.init.pretrained else None
+    return with_initial_values(run, create(), weights)
+
+
+def with_initial_values(
+    run: Run, state: TrainState, weights: InitialWeights | None = None
+) -> TrainState:
+    """Returns the state before the first step with what does not start at random.
+
+    Args:
+      run: the run.
+      state: its state from `states.create`.
+      weights: from `initialize_from`, if config.init.pretrained is set.
+
+    Raises:
+      ConfigError: if config.init.whiten is set, and the network does not declare `first_conv`.
+    """
+    if weights:
+        return states.with_initial_weights(state, weights.values)
+    if run.config.init.whiten:
+        return states.with_initial_weights(state, kernels.whitened(run, state.params))
+    return state
 
 
 def check_file(config: Config) -> None:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -75,7 +76,8 @@ def train(
         contextlib.ExitStack() as cleanup,
     ):
         clock, step = reporter.clock, int(state.step)
-        prepare_eval = _make_prepare_eval(run, state, evaluate, cleanup)
+        first = step
+        compile_eval, prepare_eval = _make_prepare_eval(run, state, evaluate, cleanup)
         results: EvalResults = {}
         if step >= last_step:
             # Killed between its last checkpoint and its result, or shortened since then.
@@ -98,6 +100,8 @@ def train(
                 in_flight.append(output.loss)
                 if len(in_flight) > _max_in_flight():
                     in_flight.popleft().block_until_ready()
+            if step == first + 1:
+                compile_eval()
             reporter.on_step(step, output.finite)
 
             last = step == last_step
@@ -179,11 +183,12 @@ def _due_evaluations(run: Run, step: int) -> list[str]:
 
 def _make_prepare_eval(
     run: Run, state: TrainState, evaluate: Evaluate, cleanup: contextlib.ExitStack
-) -> Callable[[TrainState, Clock], TrainState]:
-    """Returns a function that waits for the evaluation programs and re-estimates BatchNorm.
+) -> tuple[Callable[[], None], Callable[[TrainState, Clock], TrainState]]:
+    """Returns functions that compile the evaluation, and that wait for it and prepare the state.
 
-    The programs are traced and compiled in the background, while the training step compiles:
-    tracing costs nothing then, and would slow down training later.
+    The first compiles its programs in the background. It is called after the first step, which it
+    would otherwise delay: tracing takes Python's lock, and compiling takes cores. The second
+    re-estimates BatchNorm.
     """
     estimate_norm = norm.NormEstimator(run)
     # Shapes only: the training step donates the arrays.
@@ -195,18 +200,18 @@ def _make_prepare_eval(
         with during("evaluate"):
             getattr(evaluate, "compile", lambda variables: None)(variables)
 
-    # A finished run is evaluated immediately and waits for nothing.
-    finished = int(state.step) >= run.total_steps
-    compiled = None if finished else background_thread(cleanup).submit(compile_all)
+    compiled: list[futures.Future[None]] = []
+
+    def start() -> None:
+        compiled.append(background_thread(cleanup).submit(compile_all))
 
     def prepare_eval(state: TrainState, clock: Clock) -> TrainState:
-        assert compiled is not None
         with clock.phase("compile"):
-            compiled.result()
+            compiled[0].result()
         with clock.phase("evaluate"), during("train"):
             return estimate_norm(state)
 
-    return prepare_eval
+    return start, prepare_eval
 
 
 def _max_in_flight() -> int:

@@ -37,8 +37,19 @@ class Settings(Optimizer):
         return protocol.decay_mask(self.network)(params)
 
     def decay(self) -> optax.GradientTransformation:
-        """Returns the transformation that adds weight_decay times the masked parameters."""
-        return optax.add_decayed_weights(self.weight_decay, mask=self.decay_mask)
+        """Returns the transformation that adds weight_decay times the masked parameters.
+
+        Less for the biases of BatchNorm, by the factor that multiplies their rate afterwards.
+        """
+        decay = optax.add_decayed_weights(self.weight_decay, mask=self.decay_mask)
+        if self.norm_bias_lr_ratio == 1:
+            return decay
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            scaled = _scale_norm_biases(params, 1 / self.norm_bias_lr_ratio)
+            return decay.update(updates, state, scaled)
+
+        return optax.GradientTransformation(decay.init, update)
 
 
 def make_optimizer(
@@ -48,7 +59,8 @@ def make_optimizer(
 
     The gradient is first clipped to a global norm of clip_norm (Pascanu et al. 2013). Then comes
     the optimizer registered under the name: a complete update rule, or a direction between decay
-    and learning rate (`registry.register_optimizer`). Only the parameters selected by
+    and learning rate (`registry.register_optimizer`). Last, the updates of BatchNorm's biases are
+    multiplied by norm_bias_lr_ratio. Only the parameters selected by
     `models.protocol` decay (kernels, not biases and norm scales), unless decay_norm_and_bias is
     set.
 
@@ -85,7 +97,35 @@ def make_optimizer(
         "l2": (clip, settings.decay(), built, rate),
         "decoupled": (clip, built, settings.decay(), rate),
     }
-    return optax.chain(*chains[part.decay])
+    chain = optax.chain(*chains[part.decay])
+    return _with_norm_bias_rate(chain, optimizer.norm_bias_lr_ratio)
+
+
+def _with_norm_bias_rate(
+    chain: optax.GradientTransformation, ratio: float
+) -> optax.GradientTransformation:
+    """Returns an optimizer that multiplies the updates of BatchNorm's biases; the same state.
+
+    Jordan 2024, arXiv:2404.00498 (bias_scaler in KellerJordan/cifar10-airbench), after Page 2019,
+    "How to Train Your ResNet", part 8.
+    """
+    if ratio == 1:
+        return chain
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = chain.update(updates, state, params)
+        return _scale_norm_biases(updates, ratio), state
+
+    return optax.GradientTransformation(chain.init, update)
+
+
+def _scale_norm_biases(tree: Any, factor: float) -> Any:
+    """Returns parameters, or their updates, with those of BatchNorm's biases multiplied."""
+    return jax.tree.map(
+        lambda leaf, is_bias: factor * leaf if is_bias else leaf,
+        tree,
+        protocol.norm_bias_mask(tree),
+    )
 
 
 _ADAM = ("beta1", "beta2", "epsilon")

@@ -250,6 +250,7 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
         stop=stop,
         mesh=run.mesh,
         sample_crop=crops.crop_sampler(config.augment, config.seed),
+        alternate_flips=config.augment.flip and config.augment.alternating_flip,
     )
 
 
@@ -257,21 +258,33 @@ def _resolve_auto_settings(
     config: Config, dataset: Dataset, mesh: Mesh, log: Callable[[str], None]
 ) -> Config:
     """Returns the settings with automatic ones filled in, and logs those."""
+    device = mesh.devices.flat[0]
     resolved = auto_settings.resolve(
         config,
         train_examples=len(dataset.train),
         eval_examples=len(dataset.evaluation),
         devices=mesh.size,
-        dtype=ops.auto_dtype(mesh.devices.flat[0]),
+        dtype=ops.auto_dtype(device),
     )
+    if configs.is_open(config, "model.dtype"):
+        log(f"{config.name}: {_describe_dtype(device)}")
     if chosen := auto_settings.describe(config, resolved):
         log(
             f"{config.name}: settings chosen for {len(dataset.train):,} training images: {chosen}; "
             "override any with --config.NAME=VALUE"
         )
+    if resolved is not config:
         configs.validate(resolved)
         hosts.check_consistent("settings", lambda: configs.shared(resolved))
     return resolved
+
+
+def _describe_dtype(device: jax.Device) -> str:
+    """Returns which dtype model.dtype = 'auto' chooses for a device, and why."""
+    if slow := ops.bfloat16_slowdown(device):
+        return f"computing in float32, not bfloat16: {slow}"
+    kind = "this CPU" if device.platform == "cpu" else device.device_kind
+    return f"computing in bfloat16, which {kind} multiplies; --config.model.dtype=float32 overrides"
 
 
 def dataset_fingerprint(dataset: Dataset) -> dict[str, Any]:

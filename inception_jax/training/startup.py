@@ -100,15 +100,9 @@ def _restore_or_initialize(
     train_steps = compile_train_steps(
         run, abstract_state, background_thread(cleanup), first=first or 0, log=log
     )
-    if weights:
-        return (
-            states.with_initial_weights(create(), weights.values),
-            Clock(),
-            train_steps,
-            weights.notes,
-        )
     if first is None:
-        return create(), Clock(), train_steps, []
+        state = initialization.with_initial_values(run, create(), weights)
+        return state, Clock(), train_steps, weights.notes if weights else []
     state, progress = checkpoints.restore(first, abstract_state)
     return state, Clock(initial=progress["seconds"]), train_steps, []
 

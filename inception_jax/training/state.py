@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inception_jax import config as configs
 from inception_jax.models import weights
 from inception_jax.runtime import sharding
-from inception_jax.training import keys
+from inception_jax.training import kernels, keys
 from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Run
 
@@ -26,7 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32 scalar.
       params: float32 parameters.
       batch_stats: float32 BatchNorm statistics; empty for a model without BatchNorm.
-      average: moving averages {"params", "batch_stats"}; empty if config.train.ema is disabled.
+      average: {"params", "batch_stats"} of the EMA or of Lookahead; empty if the run has neither.
       opt_state: the optimizer's state.
       metrics: sums of the training metrics since the last report. They are part of the state so
         that a run killed between two reports resumes with the same numbers.
@@ -75,14 +74,15 @@ def _init_variables(model: nn.Module, image_size: int, seed: int) -> tuple[Varia
 
 def _init_state(run: Run) -> TrainState:
     params, batch_stats = _init_variables(run.model, run.dataset.image_size, run.config.seed)
-    has_average = bool(configs.parse_duration(run.config.train.ema))
+    if run.config.init.identity_convs:
+        params = kernels.with_identity(run.model, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         # Copies, as the step donates each buffer.
         average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
-        if has_average
+        if run.config.train.keeps_average
         else {},
         opt_state=run.optimizer.init(params),
         metrics=TrainMetrics.empty(run.metric_set.scale),

@@ -15,7 +15,7 @@ from inception_jax.input import augment, pipeline
 from inception_jax.models import ops, protocol
 from inception_jax.runtime import sharding
 from inception_jax.telemetry import compilations
-from inception_jax.training import ema, gradients, keys, losses, nonfinite
+from inception_jax.training import ema, gradients, kernels, keys, losses, nonfinite
 from inception_jax.training.gradients import Loss
 from inception_jax.training.metrics import TrainMetrics
 from inception_jax.training.run import Batch, Run
@@ -120,6 +120,9 @@ def make_train_step(
     """
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
+    lookahead_every = run.timeline.steps(config.train.lookahead)
+    freeze = kernels.make_freeze(run) if config.init.whiten else None
+    teach = _make_teach(run) if run.timeline.steps(config.train.distill_start) else None
     metric_fns = run.metric_set
     momentum = protocol.get_attribute(run.model, "norm_momentum")
     gradient = gradients.make_gradient(
@@ -148,9 +151,11 @@ def make_train_step(
             state.params,
             state.batch_stats,
             images,
-            targets,
+            teach(state, images, targets) if teach else targets,
             keys.key_for(seed, "dropout", state.step),
         )
+        if freeze:
+            grads = freeze(grads, state.step)
         if momentum is not None:
             # Each micro-batch updates the running statistics once.
             step_momentum = momentum**config.train.grad_accum_steps
@@ -160,6 +165,8 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             directions = jax.tree.map(_in_order_of_parameters, grads) if on_gpu else grads
             updates, opt_state = run.optimizer.update(directions, state.opt_state, state.params)
+            if freeze:  # From weight decay, and from momentum before the biases were frozen.
+                updates = freeze(updates, state.step)
             params = optax.apply_updates(state.params, updates)
         average: dict[str, Any] = {}
         if time_constant:
@@ -167,6 +174,17 @@ def make_train_step(
                 decay = ema.decay(state.step, time_constant)
                 current = {"params": params, "batch_stats": batch_stats}
                 average = ema.update(state.average, current, decay)
+        elif lookahead_every:
+            with jax.named_scope("average"):
+                average, continued = ema.lookahead(
+                    state.average,
+                    {"params": params, "batch_stats": batch_stats},
+                    state.step,
+                    every=lookahead_every,
+                    decay=config.train.lookahead_decay,
+                    total_steps=run.total_steps,
+                )
+                params, batch_stats = continued["params"], continued["batch_stats"]
         with jax.named_scope("metrics"):
             # For mixed images, the label with the larger weight counts as correct.
             labels = jnp.argmax(targets, axis=-1)
@@ -199,6 +217,27 @@ def make_train_step(
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
     )
+
+
+def _make_teach(run: Run) -> Callable[[TrainState, jax.Array, jax.Array], jax.Array]:
+    """Returns a function that mixes the predictions of the average into targets, once it is due.
+
+    The average sees the same augmented images as the network, without dropout and with its own
+    BatchNorm statistics (the mean teacher of Tarvainen and Valpola 2017, arXiv:1703.01780).
+    """
+    train = run.config.train
+    first = run.timeline.steps(train.distill_start)
+
+    def teach(state: TrainState, images: jax.Array, targets: jax.Array) -> jax.Array:
+        def taught() -> jax.Array:
+            output: Any = run.model.apply(state.average, images, train=False)
+            return losses.distilled_targets(targets, output.logits, weight=train.distill_weight)
+
+        with jax.named_scope("distill"):
+            mixed: jax.Array = jax.lax.cond(state.step >= first, taught, lambda: targets)
+        return mixed
+
+    return teach
 
 
 def _in_order_of_parameters(gradient: jax.Array) -> jax.Array:

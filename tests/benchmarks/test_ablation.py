@@ -14,6 +14,7 @@ from tests.experiments import load
 PLAN = """
 experiment = "experiments/digits.py"
 shared = ["train.duration=2 epochs"]
+seeds = [0, 1]
 
 [variants]
 base = []
@@ -46,7 +47,7 @@ def test_each_variant_is_trained_once(
 
     table = tmp_path / "table.json"
     arguments = [str(plan), f"--output={tmp_path / 'out'}", "--json", str(table)]
-    monkeypatch.setattr("sys.argv", ["ablation", *arguments, "--seeds", "0", "1"])
+    monkeypatch.setattr("sys.argv", ["ablation", *arguments])
     # Only the training command is replaced; the description of the machine runs others.
     original = subprocess.run
     monkeypatch.setattr(
@@ -69,15 +70,38 @@ def test_each_variant_is_trained_once(
     with pytest.raises(measure.BenchmarkError, match="trained with other settings"):
         ablation.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split("|")[1:5] == [
+    assert lines[2].split("|")[1:6] == [
         " base          ",
         "   43.00 ",
         "      +0.00 ",
+        " 0.00 ",
         " 42.00–44.00 ",
     ]
-    assert [cell.strip() for cell in lines[3].split("|")[2:4]] == ["47.00", "+4.00"]
+    assert [cell.strip() for cell in lines[3].split("|")[2:5]] == ["47.00", "+4.00", "0.00"]
     results = json.loads(table.read_text())["results"]
     assert [run["top1"] for run in results["no flip, 2 px"]] == [46.0, 48.0]
+
+
+def test_differences_are_of_runs_with_the_same_seed() -> None:
+    def run(top1: float, **others: float) -> dict[str, Any]:
+        averages = {name: {"top1": each} for name, each in others.items()}
+        more = {"evaluations": averages} if averages else {}
+        return {"top1": top1, "loss": 2.0, "seconds": 60.0, **more}
+
+    results = {
+        "base": [run(40, flip=41), run(43, flip=45), run(41, flip=42)],
+        "better": [run(41.5, shifted=44), run(44, shifted=45), run(42.5, shifted=46)],
+        "interrupted": [{**run(39), "flip_top1": 40.0}],
+    }
+    head, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in ablation.table(results).splitlines()
+    )
+    assert head[2:7] == ["difference", "±", "low–high", "flip top-1 %", "shifted top-1 %"]
+    assert rows[0][1:7] == ["41.33", "+0.00", "0.00", "40.00–43.00", "42.67", ""]
+    # Differences of 1.5, 1 and 1.5, whose deviation is 0.289.
+    assert rows[1][1:7] == ["42.67", "+1.33", "0.17", "41.50–44.00", "", "45.00"]
+    assert rows[2][1:7] == ["39.00", "-1.00", "", "", "40.00", ""]
 
 
 @pytest.mark.parametrize("text", ["", "experiment = 1", "[variants]", PLAN + "[more]\n"])
@@ -102,6 +126,7 @@ def test_all_stored_plans_are_valid() -> None:
     assert plans
     for path in plans:
         plan = ablation.read_plan(path)
+        assert len(plan.seeds) >= 3 or "techniques" not in path.name
         for variant in plan.variants.values():
             flags = command.overrides([*plan.shared, *variant])
             load([f"--config={measure.ROOT / plan.experiment}", *flags])

@@ -5,6 +5,7 @@ import json
 import pathlib
 import types
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -166,40 +167,116 @@ def test_regression_is_relative_to_matmul() -> None:
     assert (lines, slower) == (["read host: SLOWER by 25%, within its spread"], False)
 
 
-def test_regression_reports_slowdowns_and_stores_on_request(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    environment = {"cpu": "one", "cores": 2, "date": "2026-11-21T00:00:00", "revision": "aaa"}
-    result = {"environment": environment, "figures": figures(100, 400)}
+ENVIRONMENT: dict[str, Any] = {
+    "cpu": "one",
+    "cpu_model": "GenuineIntel 6 143",
+    "cpu_instructions": ["amx_bf16", "avx512f"],
+    "cores": 2,
+    "python": "3.12.1",
+    "versions": {"jax": "0.12.0", "flax": "0.12"},
+    "date": "2026-11-21T00:00:00",
+    "revision": "aaa",
+}
 
-    def start(*flags: str) -> str:
+
+def regression_result(step: float, **environment: Any) -> dict[str, Any]:
+    return {
+        "benchmark": "regression",
+        "environment": ENVIRONMENT | environment,
+        "settings": {"batch_size": 128},
+        "figures": figures(step, 400),
+    }
+
+
+@pytest.fixture
+def start_regression(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs the command with a made-up result, and returns what it prints."""
+
+    def start(result: dict[str, Any], *flags: str) -> str:
         monkeypatch.setattr("sys.argv", ["regression", f"--results={tmp_path}", *flags])
+        monkeypatch.setattr(measure, "environment", lambda: result["environment"])
         monkeypatch.setattr(regression, "run", lambda arguments: result)
-        regression.main()
+        try:
+            regression.main()
+        except measure.BenchmarkError as error:
+            return f"{capsys.readouterr().out}error: {error}"
         return capsys.readouterr().out
 
-    assert "No earlier result in" in start()
-    assert "Stored: " in start("--store")
-    assert "No change of more than 10%" in start()
-    result = {"environment": environment | {"cpu": "two"}, "figures": figures(80, 400)}
-    with pytest.raises(measure.BenchmarkError, match="slower than the stored result"):
-        start()
-    printed = capsys.readouterr().out
+    return start
+
+
+def test_regression_reports_slowdowns_and_stores_on_request(
+    tmp_path: pathlib.Path, start_regression: Callable[..., str]
+) -> None:
+    assert "No earlier result in" in start_regression(regression_result(100))
+    assert "Stored: " in start_regression(regression_result(100), "--store")
+    later = {"date": "2026-11-22T00:00:00", "revision": "bbb"}
+    printed = start_regression(regression_result(100, **later))
+    assert "No change of more than 10%" in printed
+    assert "one (GenuineIntel 6 143); amx_bf16 avx512f; Python 3.12.1, jax 0.12.0" in printed
+    printed = start_regression(regression_result(80, **later), "--store")
     assert "train float32: SLOWER by 20%" in printed
-    assert "Measured on another machine: 2 cores, one" in printed
-
-
-def test_regression_stores_and_finds_the_newest(tmp_path: pathlib.Path) -> None:
-    assert regression.newest_result(tmp_path) is None
-    for date, revision in (("2026-11-22T00:00:00", "aaa"), ("2026-11-21T00:00:00", "bbb+")):
-        result = {"environment": {"date": date, "revision": revision}, "figures": {}}
-        regression.store(tmp_path, result)
+    assert "error: slower than the stored result" in printed
+    assert "No change" in start_regression(regression_result(80)), "the newest counts"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "regression-20261121T000000-bbb.json",
-        "regression-20261122T000000-aaa.json",
+        "regression-20261121T000000-aaa.json",
+        "regression-20261122T000000-bbb.json",
     ]
-    newest = regression.newest_result(tmp_path)
-    assert newest and newest[1]["environment"]["revision"] == "aaa"
+
+
+@pytest.mark.parametrize(
+    ("changed", "flags", "words"),
+    [
+        ({"cpu": "two"}, [], "cpu: two here, one there"),
+        ({"cpu_model": "AuthenticAMD 25 1"}, [], "cpu_model: AuthenticAMD 25 1 here, GenuineIntel"),
+        ({"cpu_instructions": ["avx2"]}, [], "cpu_instructions: avx2 here, amx_bf16 avx512f there"),
+        ({"cores": 4}, [], "cores: 4 here, 2 there"),
+        ({"python": "3.13.0"}, [], "python: 3.13.0 here, 3.12.1 there"),
+        ({"versions": {"jax": "0.13", "flax": "0.12"}}, [], "jax 0.13 here, 0.12.0 there"),
+        ({}, ["--batch-size=64"], "batch size: 64 here, 128 there"),
+    ],
+)
+def test_regression_compares_only_with_the_same_machine_and_versions(
+    changed: dict[str, Any],
+    flags: list[str],
+    words: str,
+    tmp_path: pathlib.Path,
+    start_regression: Callable[..., str],
+) -> None:
+    stored = regression.store(tmp_path, regression_result(100))
+    printed = start_regression(regression_result(50, **changed), *flags)
+    assert words in printed and "is not compared" in printed
+    assert "SLOWER" not in printed and "error" not in printed
+    against = start_regression(regression_result(50, **changed), *flags, f"--against={stored}")
+    assert words in against and "train float32: SLOWER by 50%" in against
+
+
+def test_regression_prefers_a_like_result_to_a_newer_one(
+    tmp_path: pathlib.Path, start_regression: Callable[..., str]
+) -> None:
+    like = regression.store(tmp_path, regression_result(100))
+    regression.store(tmp_path, regression_result(10, date="2026-11-22T00:00:00", cpu="two"))
+    # As results were stored before processors were described in full.
+    old = regression_result(10, date="2026-11-23T00:00:00")
+    del old["environment"]["cpu_instructions"]
+    regression.store(tmp_path, old)
+    printed = start_regression(regression_result(100))
+    assert f"Before: {like}" in printed and "No change" in printed
+    like.unlink()
+    printed = start_regression(regression_result(100))
+    assert "cpu_instructions: amx_bf16 avx512f here, not recorded there" in printed
+
+
+def test_regression_rejects_files_that_are_not_its_results(
+    tmp_path: pathlib.Path, start_regression: Callable[..., str]
+) -> None:
+    path = tmp_path / "other.json"
+    assert "cannot be read" in start_regression(regression_result(100), f"--against={path}")
+    path.write_text('{"benchmark": "startup"}')
+    printed = start_regression(regression_result(100), f"--against={path}")
+    assert "must be a result of benchmarks.regression" in printed
 
 
 def test_startup_attributes_each_second_to_one_phase() -> None:

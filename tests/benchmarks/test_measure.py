@@ -37,7 +37,10 @@ def test_results_describe_their_environment(tmp_path: pathlib.Path) -> None:
     assert environment["python"] == sys.version.split()[0]
     assert environment["command"].startswith("python ")
     assert environment["versions"]["jax"] == jax.__version__
-    assert {"cpu", "date", "revision", "memory_gib"} <= set(environment)
+    assert {"cpu", "cpu_model", "date", "revision", "memory_gib"} <= set(environment)
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+    assert set(environment["cpu_instructions"]) <= set(flags)
+    assert ("avx2" in environment["cpu_instructions"]) == ("avx2" in flags)
 
 
 def test_failed_measurement_prints_one_message(

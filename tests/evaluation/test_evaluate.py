@@ -119,6 +119,8 @@ def test_evaluations_use_their_own_images(data_directory: pathlib.Path) -> None:
         "small": View(size=4, examples=50),
         "small_mirror": View(size=4, examples=50, flip_tta=True),
         "all_train": View(split="train"),
+        "shifted": View(shift_tta=2),
+        "shifted_mirror": View(shift_tta=1, flip_tta=True),
     }
     this = small.build(config)
     variables = state.create(this).eval_variables()
@@ -134,15 +136,22 @@ def test_evaluations_use_their_own_images(data_directory: pathlib.Path) -> None:
         n: each.metrics for n, each in results.items()
     }
 
-    def expected(split: Split, count: int, size: int, flip: bool) -> tuple[float, float]:
+    def expected(
+        split: Split, count: int, size: int, flip: bool, shift: int = 0
+    ) -> tuple[float, float]:
         images = np.asarray(augment.resize(split.read(np.arange(count)), size), np.float32)
         images = (images / np.float32(255) - this.dataset.mean) / this.dataset.std
-        views = (images, images[:, :, ::-1]) if flip else (images,)
-        logits = np.mean(
-            [this.model.apply(jax.device_get(variables), each).logits for each in views],
-            axis=0,
-            dtype=np.float64,
-        )
+        border = ((0, 0), (shift, shift), (shift, shift), (0, 0))
+        padded = np.pad(images, border, mode="reflect")
+        up_left, down_right = padded[:, 2 * shift :, 2 * shift :], padded[:, :size, :size]
+        views = [(0.5, images), (0.25, up_left), (0.25, down_right)] if shift else [(1, images)]
+        if flip:
+            views = [(w / 2, x) for w, each in views for x in (each, each[:, :, ::-1])]
+        logits = np.zeros((count, 10))
+        for weight, each in views:
+            logits += weight * np.asarray(
+                this.model.apply(jax.device_get(variables), each).logits, np.float64
+            )
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         labels = split.labels[:count]
         true_log_p = log_p[np.arange(count), labels]
@@ -154,13 +163,16 @@ def test_evaluations_use_their_own_images(data_directory: pathlib.Path) -> None:
         "small": (test, 50, 4, False),
         "small_mirror": (test, 50, 4, True),
         "all_train": (train, 1437, 8, False),
+        "shifted": (test, 360, 8, False, 2),
+        "shifted_mirror": (test, 360, 8, True, 1),
     }.items():
         metrics = results[name].metrics
         loss, top1 = expected(*inputs)
         assert metrics["count"] == inputs[1]
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5), name
         assert metrics["top1"] == pytest.approx(top1), name
-    assert results["flip"].metrics["loss"] != results["test"].metrics["loss"]
+    losses = [results[name].metrics["loss"] for name in ("test", "flip", "shifted")]
+    assert len(set(losses)) == 3
 
 
 def test_evaluation_of_missing_split_is_rejected(

@@ -95,6 +95,13 @@ def test_flip_mirrors_half_of_the_images() -> None:
     assert 430 < mirrored.sum() < 570
 
 
+def test_alternating_flips_are_not_repeated_on_the_device() -> None:
+    images = images_of((8, 4, 6, 3))
+    result, _ = run(images, flip=True, alternating_flip=True)
+    np.testing.assert_array_equal(result, run(images, flip=False)[0])
+    assert (result != run(images, flip=True)[0]).any()
+
+
 @pytest.mark.parametrize("box", [(0, 0, 16, 16), (3, 5, 7, 9), (0, 2, 16, 5), (9, 0, 7, 16)])
 def test_resize_boxes_equals_pillow(box: tuple[int, int, int, int]) -> None:
     top, left, height, width = box

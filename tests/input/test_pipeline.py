@@ -108,3 +108,53 @@ def test_devices_of_a_process_are_adjacent_in_the_mesh() -> None:
     devices = [types.SimpleNamespace(id=i, process_index=i // 2 % 2) for i in range(8)]
     ordered = sharding.in_process_order(reversed(devices))
     assert [device.id for device in ordered] == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+def test_flips_alternate_from_epoch_to_epoch() -> None:
+    examples, seed = 1000, 3
+    orders = [pipeline.epoch_order(seed, epoch, examples) for epoch in range(4)]
+    flips = [
+        pipeline.alternating_flips(step, batch_size=250, examples=examples, seed=seed)
+        for step in range(16)
+    ]
+    first, *others = [
+        dict(zip(order.tolist(), flipped.tolist(), strict=True))
+        for order, flipped in zip(orders, np.reshape(flips, (4, examples)), strict=True)
+    ]
+    assert 430 < sum(first.values()) < 570
+    for epoch, later in enumerate(others, start=1):
+        assert later == {index: flipped != (epoch % 2 == 1) for index, flipped in first.items()}
+    # Another seed flips others, whatever their order; more examples change nothing for the first.
+    coins = pipeline._first_flips(4, examples)
+    assert 400 < (coins != [first[index] for index in range(examples)]).sum() < 600
+    np.testing.assert_array_equal(pipeline._first_flips(4, 100), coins[:100])
+
+
+def test_batches_with_alternating_flips_depend_only_on_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    split = make_split(50)
+    index = np.arange(50, dtype=np.uint8)
+    images = np.zeros((50, 2, 3, 3), np.uint8)
+    images[:, 0, 0] = index[:, None]
+    split.read = images.__getitem__
+    arguments = {"batch_size": 16, "seed": 5, "alternate_flips": True}
+    # 144 examples, almost three epochs.
+    whole = list(pipeline.train_batches(split, start=0, stop=9, **arguments))
+    for step, batch in enumerate(whole):
+        flipped = pipeline.alternating_flips(step, batch_size=16, examples=50, seed=5)
+        for image, label, mirror in zip(batch["image"], batch["label"], flipped, strict=True):
+            np.testing.assert_array_equal(
+                image, images[label, :, ::-1] if mirror else images[label]
+            )
+    part = list(pipeline.train_batches(split, start=6, stop=9, **arguments))
+    for before, after in zip(whole[6:], part, strict=True):
+        np.testing.assert_array_equal(before["image"], after["image"])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        rows = slice(8 * process, 8 * process + 8)
+        for full, half in zip(
+            whole, pipeline.train_batches(split, start=0, stop=9, **arguments), strict=True
+        ):
+            np.testing.assert_array_equal(half["image"], full["image"][rows])

@@ -100,8 +100,11 @@ def test_conv_matches_direct_sum(
         (32, 3, ((1, 1),) * 2),
     ],
 )
-def test_matmul_conv_matches_plain_conv(side: int, size: int, paddings: ops.Paddings) -> None:
-    x, kernel = normal(2, side, side + 1, 3), normal(size, size, 3, 4)
+@pytest.mark.parametrize("channels", [3, 8])  # From eight on, each tap is a product.
+def test_matmul_conv_matches_plain_conv(
+    side: int, size: int, paddings: ops.Paddings, channels: int
+) -> None:
+    x, kernel = normal(2, side, side + 1, channels), normal(size, size, channels, 4)
     value, gradients = value_and_vjp(
         lambda x, kernel: ops.matmul_conv(x, kernel, paddings), x, kernel
     )
@@ -302,7 +305,13 @@ def test_rewrite_is_chosen_when_the_network_is_created(
         patched.setattr(jax, "devices", lambda: [device])
         network = networks.create(settings, 2, rewrite=rewrite)
     assert network.rewrite == (backend if rewrite is None else rewrite)
+    # With the flags of the tests, which set LLVM's level, only oneDNN remains.
     assert bool(ops.compiler_options(network)) is ("matmul_conv" in equivalents)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    level = "xla_backend_optimization_level"
+    assert (level in ops.compiler_options(network)) is ("matmul_conv" in equivalents)
+    monkeypatch.setenv("XLA_FLAGS", f"--{level}=2")
+    assert level not in ops.compiler_options(network), "the user's flag counts"
 
     def call(images: jax.Array) -> Any:
         variables = network.init(jax.random.key(0), images)

@@ -74,6 +74,42 @@ def test_folder_to_csv_reports_unreadable_files(
         assert float(row["probability"]) == pytest.approx(best.probability, rel=1e-4)
 
 
+def test_cpu_computes_in_float32_and_starts_from_the_cache(
+    photos: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = small.weights()
+    trained = dataclasses.replace(
+        trained, model=dataclasses.replace(trained.model, dtype="bfloat16")
+    )
+    file, image, cache = tmp_path / "trained.safetensors", str(photos / "1.png"), tmp_path / "cache"
+    weights.save(file, trained)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+    def probabilities(*flags: str) -> tuple[list[float], str]:
+        done = command.run("tools.predict", image, f"--weights={file}", "--json", *flags)
+        assert done.returncode == 0, done.stderr
+        return [each["probability"] for each in json.loads(done.stdout)["guesses"]], done.stderr
+
+    in_float32 = dataclasses.replace(
+        trained, model=dataclasses.replace(trained.model, dtype="float32")
+    )
+    predictor = Predictor(in_float32, batch_size=1)
+    pixels = predictor.read(pathlib.Path(image).read_bytes(), image)
+    expected = [each.probability for each in predictor.predict(pixels[None])[0]]
+    found, log = probabilities()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert "computing in float32, not in bfloat16 as in training: on a CPU that starts" in log
+    programs = {each.name for each in cache.glob("*-cache")}
+    assert any("compute_logits" in name for name in programs)
+    assert probabilities()[0] == found
+    assert {each.name for each in cache.glob("*-cache")} == programs, "nothing compiled again"
+    found, log = probabilities("--dtype=bfloat16")
+    assert found != pytest.approx(expected, rel=1e-5), "it is rounded to 8 bits"
+    assert found == pytest.approx(expected, rel=0.1)
+    assert "computing in" not in log
+
+
 def test_standard_input_to_table(
     network: Weights, path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from inception_jax.config import Checkpoint, Model, Schedule, View
+from inception_jax.config import Checkpoint, Init, Model, Schedule, View
 from inception_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -39,7 +39,7 @@ from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry import clock, compilations
 from inception_jax.telemetry.writers import NONDETERMINISTIC_FIELDS, read_metrics
 from inception_jax.training import checkpoints as checkpointing
-from inception_jax.training import reporter, run, startup, state, step, workdir
+from inception_jax.training import initialization, reporter, run, startup, state, step, workdir
 from tests import small
 
 
@@ -262,6 +262,36 @@ def test_resume_from_records_is_bit_identical(
     assert_same(streamed, folder, uninterrupted)
 
 
+def test_resume_of_a_run_with_every_technique_is_bit_identical(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = Init(identity_convs=True, whiten=True, whiten_bias="4 steps")
+    config = small.config(data_directory, init=init)
+    config.train.ema, config.train.lookahead = "", "3 steps"
+    config.train.distill_start = "4 steps"
+    # The second epoch begins at step 22.5.
+    config.train.duration = "25 steps"
+    config.augment.flip = config.augment.alternating_flip = True
+    config.optimizer.norm_bias_lr_ratio = 4.0
+    config.evaluations = {"shifted": View(shift_tta=1)}
+    this = small.build(config)
+    full, resumed = Workdir(tmp_path / "full"), Workdir(tmp_path / "resumed")
+    small.train(this, full, evaluator_of(this), changed=[])
+    for finished in (1, 3, 5, 23):
+        with monkeypatch.context() as patch:
+            stop_before_step(finished, patch)
+            with pytest.raises(Stopped):
+                train_again(this, resumed)
+    # Alternating flips do not depend on how the images are stored.
+    config.data.storage = "records"
+    streamed = small.build(config)
+    train_again(streamed, resumed)
+    assert_same(streamed, resumed, full)
+    first = initialization.create_state(this).params["conv1"]["conv"]["kernel"]
+    kernels = dict(final_leaves(streamed, resumed))
+    np.testing.assert_array_equal(kernels[".params['conv1']['conv']['kernel']"], first)
+
+
 # Before the first checkpoint (2), within and at the boundaries of the intervals of checkpoints (2),
 # reports (3), evaluations (5) and epochs (22.5), and with no steps remaining.
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 7, 10])
@@ -459,6 +489,42 @@ def test_stretching_a_finished_schedule_logs_warning(
     assert float(now) > 2 * float(before)
     log = capsys.readouterr().err
     assert f"warning: the learning rate rises from {before} to {now} at step 11 because" in log
+
+
+def test_evaluation_is_compiled_after_the_first_step(
+    reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this, _ = reference
+    events: list[str] = []
+    compile_train_steps = startup.compile_train_steps
+
+    def recorded(*arguments: Any, **more: Any) -> dict[int, futures.Future[Any]]:
+        def record(step: Any) -> Any:
+            def run_step(*arguments: Any) -> Any:
+                result = jax.block_until_ready(step(*arguments))
+                events.append("step")
+                return result
+
+            return run_step
+
+        steps: dict[int, futures.Future[Any]] = {}
+        for size, compiled in compile_train_steps(*arguments, **more).items():
+            steps[size] = futures.Future()
+            steps[size].set_result(record(compiled.result()))
+        return steps
+
+    class Recorded:
+        def compile(self, variables: Any) -> None:
+            events.append("compile")
+
+        def __call__(self, variables: Any, names: Collection[str]) -> Any:
+            events.append("evaluate")
+            return evaluator_of(this)(variables, names)
+
+    monkeypatch.setattr(startup, "compile_train_steps", recorded)
+    small.train(this, Workdir(tmp_path / "run"), Recorded())
+    assert events[:1] == ["step"] and events.count("compile") == 1
+    assert events.index("compile") < events.index("evaluate")
 
 
 @pytest.mark.slow

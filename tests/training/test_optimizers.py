@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from inception_jax import config
+from inception_jax.models import weights
 from inception_jax.registry import OPTIMIZERS
 from inception_jax.training import optimizers, schedules
 from tests import small
@@ -20,7 +21,7 @@ PARAMS = {
         "kernel": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
         "bias": np.array([0.5, -0.5, 1.0, 2.0], np.float32),
     },
-    "norm": {"scale": np.ones(4, np.float32)},
+    "norm": {"scale": np.ones(4, np.float32), "bias": np.array([0.3, 0.0, -2.0, 1.0], np.float32)},
 }
 STEPS = 8
 
@@ -62,6 +63,7 @@ SETTINGS = [
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "decay_norm_and_bias": True, "clip_norm": 3.0},
         {"momentum": 0.5, "beta1": 0.7, "beta2": 0.9, "epsilon": 1e-3, "clip_norm": 1e6},
+        {"weight_decay": 0.1, "decay_norm_and_bias": True, "norm_bias_lr_ratio": 4.0},
     )
 ]
 
@@ -79,6 +81,8 @@ def by_numpy(settings: config.Optimizer) -> dict[str, dict[str, np.ndarray]]:
         for path, p in params.items():
             decays = settings.decay_norm_and_bias or path[1] == "kernel"
             decay = settings.weight_decay * p if decays else np.zeros_like(p)
+            ratio = settings.norm_bias_lr_ratio if path == ("norm", "bias") else 1
+            decay = decay / ratio
             decoupled = settings.name in ("adamw", "lion")
             g = grads[path] if decoupled else grads[path] + decay
             if settings.name.startswith("sgd"):
@@ -100,7 +104,7 @@ def by_numpy(settings: config.Optimizer) -> dict[str, dict[str, np.ndarray]]:
                 direction = mean / (np.sqrt(square) + settings.epsilon)
             if decoupled:
                 direction = direction + decay
-            params[path] = p - lr * direction
+            params[path] = p - lr * ratio * direction
     return {a: {b: params[a, b] for b in leaf} for a, leaf in PARAMS.items()}
 
 
@@ -117,12 +121,12 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
         pytest.skip("PyTorch has no Lion")
     tensors = jax.tree.map(lambda p: torch.tensor(p, requires_grad=True), PARAMS)
     kernel, others = tensors["conv"]["kernel"], [tensors["conv"]["bias"], tensors["norm"]["scale"]]
+    norm_bias, ratio = tensors["norm"]["bias"], settings.norm_bias_lr_ratio
+    decay = settings.weight_decay if settings.decay_norm_and_bias else 0.0
     groups = [
         {"params": [kernel], "weight_decay": settings.weight_decay},
-        {
-            "params": others,
-            "weight_decay": settings.weight_decay if settings.decay_norm_and_bias else 0.0,
-        },
+        {"params": others, "weight_decay": decay},
+        {"params": [norm_bias], "weight_decay": decay / ratio},
     ]
     if settings.name.startswith("sgd"):
         optimizer = torch.optim.SGD(
@@ -141,11 +145,11 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
         betas = (settings.beta1, settings.beta2)
         optimizer = rule(groups, lr=0.1, betas=betas, eps=settings.epsilon)
     for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 - 0.01 * step
+        for group, factor in zip(optimizer.param_groups, (1, 1, ratio), strict=True):
+            group["lr"] = factor * (0.1 - 0.01 * step)
         jax.tree.map(lambda t, g: setattr(t, "grad", torch.tensor(g)), tensors, gradients(step))
         if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_([kernel, *others], settings.clip_norm)
+            torch.nn.utils.clip_grad_norm_([kernel, *others, norm_bias], settings.clip_norm)
         optimizer.step()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b.detach().numpy(), atol=2e-5),
@@ -166,7 +170,7 @@ def test_update_rule_equals_pytorch(settings: config.Optimizer) -> None:
     ids=["lamb", "adafactor"],
 )
 def test_update_rule_equals_optax(settings: config.Optimizer, reference: Any) -> None:
-    mask = {"conv": {"kernel": True, "bias": False}, "norm": {"scale": False}}
+    mask = {"conv": {"kernel": True, "bias": False}, "norm": {"scale": False, "bias": False}}
     expected = by_optax(reference(mask))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), trained(settings), expected
@@ -182,6 +186,23 @@ def test_adafactor_decay_is_decoupled() -> None:
 
 
 @pytest.mark.parametrize("name", [part.name for part in OPTIMIZERS if part.is_builtin])
+def test_only_updates_of_norm_biases_are_multiplied(name: str) -> None:
+    network = small.Network()
+    params = small.random_variables(network, 8)["params"]
+
+    def update(ratio: float) -> Any:
+        settings = config.Optimizer(name=name, norm_bias_lr_ratio=ratio)
+        optimizer = optimizers.make_optimizer(settings, rate, network)
+        return jax.jit(optimizer.update)(params, optimizer.init(params), params)[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        plain, scaled = (weights.flatten(update(ratio)) for ratio in (1.0, 64.0))
+    for path, value in plain.items():
+        factor = 64 if path in ("conv1/norm/bias", "conv2/norm/bias") else 1
+        np.testing.assert_array_equal(scaled[path], factor * np.asarray(value), err_msg=path)
+
+
+@pytest.mark.parametrize("name", [part.name for part in OPTIMIZERS if part.is_builtin])
 def test_state_structure_does_not_depend_on_settings(name: str) -> None:
     plain = config.Optimizer(name=name)
     variants = [
@@ -191,6 +212,7 @@ def test_state_structure_does_not_depend_on_settings(name: str) -> None:
             {"weight_decay": 0.1, "decay_norm_and_bias": True},
             {"clip_norm": 1.0},
             {"momentum": 0.0, "beta1": 0.0},
+            {"weight_decay": 0.1, "norm_bias_lr_ratio": 4.0},
         )
     ]
     make = functools.partial(
