@@ -2,16 +2,18 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Jaxpr
 
 from inception_jax import config
 from inception_jax.errors import ConfigError
-from inception_jax.models import networks, ops
+from inception_jax.models import introspect, networks, ops
 from inception_jax.registry import MODELS
 
 
@@ -62,17 +64,25 @@ def test_branches_are_joined_first_where_that_is_faster(name: str, saved: int) -
     assert relus[""] - relus["tpu"] == relus[""] - relus["tpu_padded"] == saved
 
 
+def operations(jaxpr: Jaxpr, outer: str = "") -> Iterator[str]:
+    """Yields the paths of all operations in a traced program."""
+    for equation in jaxpr.eqns:
+        path = f"{outer}/{equation.source_info.name_stack}"
+        yield f"{path}/{equation.primitive.name}"
+        if (inner := introspect.called_jaxpr(equation)) is not None:
+            yield from operations(inner, path)
+
+
 @pytest.mark.parametrize(
-    ("rewrite", "path"),
-    [("tpu", "/inception_3a/norm/max"), ("gpu", "/inception_3a/max_pool/")],
+    ("rewrite", "scope"), [("tpu", "/inception_3a/norm/"), ("gpu", "/inception_3a/max_pool/")]
 )
-def test_programs_name_what_their_equivalents_do(rewrite: ops.Rewrite, path: str) -> None:
+def test_programs_name_what_their_equivalents_do(rewrite: ops.Rewrite, scope: str) -> None:
     """Tables of compiled programs show these names."""
     network = networks.create(config.Model(name="googlenet", width=0.05), 3, rewrite=rewrite)
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    lowered = jax.jit(functools.partial(network.init, rngs, train=True)).lower(images)
-    assert path in lowered.as_text(debug_info=True)
+    program = jax.make_jaxpr(functools.partial(network.init, rngs, train=True))(images)
+    assert any(scope in path for path in operations(program.jaxpr))
 
 
 @pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])

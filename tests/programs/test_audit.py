@@ -182,6 +182,20 @@ def test_products_and_convolutions_have_a_kind_and_operations(
     assert (operation.kind, operation.flops) == (kind, flops)
 
 
+def test_taps_on_padding_and_between_dilated_pixels_are_not_counted() -> None:
+    pixel = "%p = bf16[8,1,1,2]{3,2,1,0} bitcast(%x)"
+    wide = (
+        f"%c = bf16[8,1,1,6]{{3,2,1,0}} convolution(%p, %k), {WINDOW}, dim_labels=b01f_01io->b01f"
+    )
+    assert only(pixel, wide).flops == 2 * 8 * 2 * 6
+    # The gradient to the input of a convolution with stride 2: a quarter of the pixels are given.
+    dilated = (
+        "%c = bf16[8,8,8,2]{3,2,1,0} convolution(%g, %k), "
+        "window={size=3x3 pad=1_2x1_2 lhs_dilate=2x2}, dim_labels=b01f_01oi->b01f"
+    )
+    assert only(dilated).flops == 2 * 8 * 16 * 9 * 2 * 6
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "module"),
     [
@@ -366,7 +380,14 @@ def test_transfers_to_and_from_the_host_are_found(line: str) -> None:
 
 
 def test_dynamic_shapes_are_found() -> None:
-    assert audit.audit(program("%c = f32[<=4]{0} negate(%x)")).dynamic_shapes == ("c",)
+    """As libtpu 0.0.50.1 ends a program that sets the first dimension of its result.
+
+    Within the program, it pads such arrays and masks the padding.
+    """
+    line = (
+        '%c = f32[<=8,2]{0,1:T(2,128)} custom-call(%m, %n, %n), custom_call_target="SliceToDynamic"'
+    )
+    assert audit.audit(program(line)).dynamic_shapes == ("c",)
 
 
 def test_an_all_gather_is_counted_also_when_it_is_started_and_awaited() -> None:

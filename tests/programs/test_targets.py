@@ -34,6 +34,13 @@ def test_a_name_says_how_many_devices_of_which_kind(name: str, devices: int, top
     assert (target.devices, target.topology) == (devices, topology)
 
 
+def test_chips_are_shared_by_hosts_as_they_are_rented() -> None:
+    """By default, the compiler assumes four chips a host."""
+    names = ("v5e-1", "v5e-8", "v5e-16", "v6e-8")
+    bounds = [targets.get(name).options["chips_per_host_bounds"] for name in names]
+    assert bounds == [(1, 1, 1), (2, 4, 1), (2, 2, 1), (2, 4, 1)]
+
+
 def test_every_target_has_a_data_sheet_with_its_source() -> None:
     for target in targets.TARGETS.values():
         chip = target.chip
