@@ -29,9 +29,7 @@ USR2 or XCPU) after saving a checkpoint; run the same command to resume.
 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_path("workdir", "folder of the run, for its checkpoints, metrics and plots")
-_WEIGHTS = cli.define_path(
-    "weights", "with --mode=eval: weights file to evaluate instead of --workdir"
-)
+_WEIGHTS = cli.define_path("weights", "with --mode=eval: file to evaluate instead of --workdir")
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config",
     False,

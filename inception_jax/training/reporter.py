@@ -65,6 +65,8 @@ class Reporter:
         self._workdir = workdir
         self._on_evaluation = on_evaluation
         self._run = run
+        # As one program: each operation by itself would be compiled before the first report.
+        self._schedule = jax.jit(run.schedule)
         self._main = run.dataset.eval_split
         self._writer = writer
         self._progress = progress
@@ -168,9 +170,10 @@ class Reporter:
 
     def _learning_rate(self, step: int) -> dict[str, float]:
         """Returns the learning rate of a step; empty with an optimizer passed by the caller."""
+        if not self._run.applies_schedule:
+            return {}
         # The schedule counts finished steps.
-        rate = float(self._run.schedule(step - 1))
-        return {"learning_rate": rate} if self._run.applies_schedule else {}
+        return {"learning_rate": float(self._schedule(np.int32(step - 1)))}
 
     def _nonfinite_error(self, what: str, step: int, times: int = 1) -> RunError:
         remedies = "Lower the optimizer's learning rate, or set"

@@ -46,3 +46,12 @@ def test_restarts_the_same_command_if_huge_pages_are_on_demand(
     ) as process:
         output, _ = process.communicate(timeout=60)
     assert json.loads(output) == [expected, arguments, 1, process.pid]
+
+
+@pytest.mark.parametrize("module", ["main", "tools.predict", "tools.serve", "tools.find_lr"])
+def test_commands_restart_before_they_import_anything_else(module: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-X", "importtime", "-m", f"inception_jax.{module}", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    names = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    assert names.count("inception_jax.cli") == 1

@@ -496,7 +496,7 @@ def test_evaluation_is_compiled_after_the_first_step(
 ) -> None:
     this, _ = reference
     events: list[str] = []
-    compile_train_steps = step.compile_train_steps
+    compile_train_steps = vars(startup)["compile_train_steps"]  # That of `compile_once`.
 
     def recorded(*arguments: Any, **more: Any) -> dict[int, futures.Future[Any]]:
         def record(step: Any) -> Any:
