@@ -18,11 +18,13 @@ class Phase(NamedTuple):
       image_size: side of the images, pixels.
       images: number of images trained on.
       multiply_adds: of the network for one of them.
+      passes: number of times that each goes through the network, forward and back.
     """
 
     image_size: int
     images: int
     multiply_adds: int
+    passes: int = 1
 
 
 def multiply_adds(settings: configs.Model, size: int, classes: int) -> int:
@@ -45,12 +47,19 @@ def phases(config: Config, *, examples: int, classes: int, steps: int = 0) -> li
     steps = steps or timeline.steps(train.duration)
     sizes = train.image_sizes or (config.data.image_size,)
     begins = [0, *(timeline.steps(each) for each in train.image_size_boundaries)]
+    passes = 2 if config.optimizer.sam_rho else 1  # SAM takes the gradient twice.
     return [
-        Phase(size, (end - begin) * train.batch_size, multiply_adds(config.model, size, classes))
+        Phase(
+            size,
+            images=(end - begin) * train.batch_size,
+            multiply_adds=multiply_adds(config.model, size, classes),
+            passes=passes,
+        )
         for size, begin, end in zip(sizes, begins, [*begins[1:], steps], strict=True)
     ]
 
 
 def pflop(trained: list[Phase]) -> float:
     """Returns the training compute of all phases, 10¹⁵ operations."""
-    return sum(FLOP_PER_MULTIPLY_ADD * each.images * each.multiply_adds for each in trained) / 1e15
+    multiplied = sum(each.images * each.multiply_adds * each.passes for each in trained)
+    return FLOP_PER_MULTIPLY_ADD * multiplied / 1e15

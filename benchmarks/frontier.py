@@ -313,7 +313,7 @@ def make_row(name: str, recipe: Recipe, seed: int, folder: pathlib.Path, note: s
             "devices": machine["device_count"],
         },
         "versions": {"python": machine["python"]}
-        | {package: machine["packages"][package] for package in _VERSIONS},
+        | {name: version for name, version in machine["packages"].items() if name in _VERSIONS},
         "revision": machine["revision"],
         "date": machine["date"],
         "evaluated": {"split": result["split"], "images": result["count"]},

@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks import command, compute, frontier, measure
 from inception_jax import config as configs
+from inception_jax import load_config
 from tests import experiments
 
 RECIPES = """
@@ -175,6 +176,17 @@ def test_table_and_plot_have_means_over_seeds(
     assert cells[5:] == ["3", "1.5"]
     with Image.open(tmp_path / "plot.png") as plot:
         assert len(plot.convert("L").getcolors()) > 20
+
+
+def test_sharpness_aware_minimization_counts_twice() -> None:
+    experiment = measure.ROOT / "experiments/digits.py"
+    plain, doubled = (
+        compute.pflop(
+            compute.phases(load_config(experiment, settings), examples=1437, classes=10, steps=3)
+        )
+        for settings in ({}, {"optimizer.sam_rho": 0.05})
+    )
+    assert doubled == 2 * plain > 0
 
 
 def test_the_frontier_leaves_out_what_a_cheaper_run_exceeds() -> None:
