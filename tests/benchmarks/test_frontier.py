@@ -178,15 +178,23 @@ def test_table_and_plot_have_means_over_seeds(
         assert len(plot.convert("L").getcolors()) > 20
 
 
-def test_sharpness_aware_minimization_counts_twice() -> None:
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"optimizer.sam_rho": 0.05}, 2),
+        # A forward pass, a third of the compute, in the last two of three steps.
+        ({"train.ema": "1 step", "train.distill_start": "1 step"}, 1 + 2 / 9),
+    ],
+)
+def test_additional_passes_count(settings: dict[str, Any], expected: float) -> None:
     experiment = measure.ROOT / "experiments/digits.py"
-    plain, doubled = (
+    plain, more = (
         compute.pflop(
-            compute.phases(load_config(experiment, settings), examples=1437, classes=10, steps=3)
+            compute.phases(load_config(experiment, each), examples=1437, classes=10, steps=3)
         )
-        for settings in ({}, {"optimizer.sam_rho": 0.05})
+        for each in ({}, settings)
     )
-    assert doubled == 2 * plain > 0
+    assert more == pytest.approx(expected * plain)
 
 
 def test_the_frontier_leaves_out_what_a_cheaper_run_exceeds() -> None:
