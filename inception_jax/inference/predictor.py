@@ -85,7 +85,7 @@ class Predictor:
         self._logits = jax.jit(self._compute_logits, compiler_options=self.compiler_options)
 
     @property
-    def compiler_options(self) -> dict[str, bool | int]:
+    def compiler_options(self) -> dict[str, bool]:
         """Compiler options for programs of the network."""
         return ops.compiler_options(self.model)
 

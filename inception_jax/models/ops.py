@@ -11,7 +11,6 @@ a machine without one.
 
 import functools
 import importlib.metadata
-import os
 import pathlib
 import re
 from typing import Literal
@@ -118,26 +117,18 @@ def _cpu_flags() -> list[str]:
         return []
 
 
-def compiler_options(network: nn.Module, device: jax.Device | None = None) -> dict[str, bool | int]:
+def compiler_options(network: nn.Module, device: jax.Device | None = None) -> dict[str, bool]:
     """Returns the compiler options of `jax.jit` for a network on a device; None: the default one.
 
-    On the CPU:
-
-    - LLVM optimizes at level 1, unless XLA_FLAGS sets the level. The libraries do most of the work,
-      and for the rest level 1 gives programs of the same speed in two thirds of the time.
-    - In bfloat16, XLA calls oneDNN, which jaxlib 0.12 contains but does not use by default (0.10.2
-      ignores the option). Only oneDNN runs products and convolutions on the matrix units in both
-      directions, for twice the images per second on a CPU with AMX. The price is that jaxlib cannot
-      write such programs to the compilation cache, which the gain in float32 is not worth.
+    On the CPU in bfloat16, they let XLA call oneDNN, which jaxlib 0.12 contains but does not use by
+    default (0.10.2 ignores the option). Only oneDNN runs products and convolutions on the matrix
+    units in both directions, for twice the images per second on a CPU with AMX. The price is that
+    jaxlib cannot write such programs to the compilation cache, which the 10% gained in float32 is
+    not worth.
     """
-    if getattr(network, "rewrite", preferred_rewrite(device)) != "cpu":
-        return {}
-    options: dict[str, bool | int] = {}
-    if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-        options["xla_backend_optimization_level"] = 1
-    if jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16:
-        options["xla_cpu_experimental_onednn_custom_call"] = True
-    return options
+    on_cpu = getattr(network, "rewrite", preferred_rewrite(device)) == "cpu"
+    use = on_cpu and jnp.dtype(getattr(network, "dtype", None) or "float32") == jnp.bfloat16
+    return {"xla_cpu_experimental_onednn_custom_call": True} if use else {}
 
 
 def conv(
