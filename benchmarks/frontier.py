@@ -367,7 +367,11 @@ def add_run(name: str, recipe: Recipe, seed: int, arguments: argparse.Namespace)
     rows = sorted(
         [*rows, row], key=lambda row: (row["data"], row["pflop"], row["recipe"], row["seed"])
     )
-    measure.write_json(arguments.json, {"benchmark": "frontier", "rows": rows})
+    # Of this call; each row has that of its run.
+    environment = measure.environment()
+    measure.write_json(
+        arguments.json, {"benchmark": "frontier", "environment": environment, "rows": rows}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
