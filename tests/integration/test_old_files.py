@@ -33,8 +33,8 @@ from tests import command
 FIXTURE = command.ROOT / "tests" / "fixtures" / "56edb8b"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))["runs"]
 NAMES = ("digits", "image_folder")
-# Relative tolerances of a forward pass, and of a report of the resumed training, whose steps amplify
-# the differences in rounding between the programs of that revision and today's.
+# Relative tolerances of a forward pass, and of a report of the resumed training, whose steps
+# amplify the differences in rounding between the programs of that revision and today's.
 FORWARD, TRAINED = 1e-4, 3e-2
 
 
