@@ -336,16 +336,19 @@ def test_a_stopped_run_continues_with_the_same_command(
     ]
     recipes.write_text(RECIPES.replace("8 steps", "400 steps"))
     metrics = tmp_path / "runs/longer-0/metrics.jsonl"
-    process = subprocess.Popen(called, cwd=measure.ROOT, stderr=subprocess.PIPE, text=True)
+    # Not a pipe, which would fill up and stop the training.
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(called, cwd=measure.ROOT, stderr=file)
     try:
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > 6):
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 128 + signal.SIGTERM
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     checkpoints = tmp_path / "runs/longer-0/checkpoints"
     assert any(each.name.isdigit() for each in checkpoints.iterdir()), "it was saved"
     assert not (tmp_path / "rows.json").exists()
