@@ -78,14 +78,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[], help="default: those of the file, or 0"
     )
-    parser.add_argument("--platform", default="", help="--platform of the training command")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="PATH=VALUE",
-        help="settings, as in --config.PATH=VALUE",
-    )
+    command.add_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,6 @@
 """Runs the training command as a child process and reads metrics.jsonl as it grows."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -20,6 +21,18 @@ _POLL = 0.02
 
 class CommandError(measure.BenchmarkError):
     """A failed training command; the message contains the end of its output."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of benchmarks that train several times with the training command."""
+    parser.add_argument("--platform", default="", help="--platform of the training command")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="PATH=VALUE",
+        help="settings, as in --config.PATH=VALUE",
+    )
 
 
 def overrides(arguments: Sequence[str]) -> list[str]:

@@ -162,14 +162,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the recipes and exit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=local, help="directory for the workdirs")
-    parser.add_argument("--platform", default="", help="--platform of the training command")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="PATH=VALUE",
-        help="settings of this machine, as in --config.PATH=VALUE",
-    )
+    command.add_flags(parser)
     parser.add_argument("--note", default="", help="about the data, such as: lossy JPEG copies")
     parser.add_argument(
         "--recorded", type=local, metavar="FOLDER", help="a finished run, instead of training"
