@@ -78,7 +78,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[], help="default: those of the file, or 0"
     )
-    command.add_flags(parser)
+    parser.add_argument("--platform", default="", help="--platform of the training command")
+    command.add_settings(parser)
     return parser.parse_args(argv)
 
 

@@ -23,9 +23,8 @@ class CommandError(measure.BenchmarkError):
     """A failed training command; the message contains the end of its output."""
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of benchmarks that train several times with the training command."""
-    parser.add_argument("--platform", default="", help="--platform of the training command")
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag for settings of the experiment, which `overrides` turns into flags."""
     parser.add_argument(
         "--set",
         nargs="+",

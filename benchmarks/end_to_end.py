@@ -43,13 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seconds", type=float, default=10.0, help="seconds of the bare step per round"
     )
     parser.add_argument("--classes", type=int, default=200, help="classes of the dataset")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="PATH=VALUE",
-        help="settings, as in --config.PATH=VALUE",
-    )
+    command.add_settings(parser)
     return parser.parse_args(argv)
 
 

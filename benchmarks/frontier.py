@@ -162,7 +162,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the recipes and exit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=local, help="directory for the workdirs")
-    command.add_flags(parser)
+    parser.add_argument("--platform", default="", help="--platform of the training command")
+    command.add_settings(parser)
     parser.add_argument("--note", default="", help="about the data, such as: lossy JPEG copies")
     parser.add_argument(
         "--recorded", type=local, metavar="FOLDER", help="a finished run, instead of training"

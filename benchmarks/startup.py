@@ -49,13 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experiment", default="experiments/digits.py")
     parser.add_argument("--platform", default="cpu", help="--platform of the training command")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="PATH=VALUE",
-        help="settings, as in --config.PATH=VALUE",
-    )
+    command.add_settings(parser)
     return parser.parse_args(argv)
 
 
