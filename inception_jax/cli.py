@@ -287,6 +287,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     logging.set_verbosity(logging.FATAL)
     # runtime/tpu_vm.py reports the same among others.
     warnings.filterwarnings("ignore", "Transparent hugepages are not enabled")
+    sys.unraisablehook = _show_unraisable
     # For example, that it has no writable cache folder.
     python_logging.getLogger("matplotlib").setLevel(python_logging.ERROR)
     # Commands started from a notebook inherit its backend; if that is not installed, importing
@@ -324,6 +325,16 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     except Exception as error:
         _fail_unexpectedly(error)
     sys.exit(0)
+
+
+def _show_unraisable(failure: "sys.UnraisableHookArgs") -> None:
+    """Reports an error that cannot be raised, unless it only follows another that was.
+
+    After a failed read or write, TensorStore may finish other requests once Orbax has closed its
+    event loop, up to the end of the command.
+    """
+    if "Event loop is closed" not in str(failure.exc_value):
+        sys.__unraisablehook__(failure)
 
 
 def _end_with_reader() -> NoReturn:

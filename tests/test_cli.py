@@ -308,6 +308,27 @@ def test_failed_run_ends_with_the_remedy(
     assert ("Traceback" in done.stderr) == (code == 1)
 
 
+def test_request_that_ends_after_its_event_loop_is_not_reported(tmp_path: pathlib.Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import asyncio\nfrom inception_jax import cli\n"
+        "class Request:\n    def __del__(self):\n        loop.call_soon_threadsafe(print)\n"
+        "class Other:\n    def __del__(self):\n        raise ValueError('another')\n"
+        "loop = asyncio.new_event_loop()\nloop.close()\n"
+        "def main(_):\n    Request()\n    Other()\n    raise cli.UserError('failed')\n"
+        "cli.run(main, '')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.endswith("error: failed\n")
+    assert "ValueError: another" in done.stderr and "Event loop" not in done.stderr
+
+
 # What stands at the other end of a command, and around it.
 
 
