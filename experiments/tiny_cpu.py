@@ -4,8 +4,8 @@ Source: GoogLeNet (Szegedy et al. 2015) with BatchNorm and a stem that leaves gr
   at 64 pixels, trained with Muon (Jordan et al. 2024) on images that grow from 32 to 64 pixels, as
   in fast ImageNet trainings (Howard 2018, "Training Imagenet in 3 hours for USD 25"). The learning
   rate rises and falls linearly. With so few epochs, there is no mixing and no dropout.
-  It computes in bfloat16 on a CPU that multiplies it (with AMX, and jax 0.12, which needs Python
-  3.12), in float32 on others; the log says which.
+  It computes in bfloat16 on a CPU that multiplies it (with AMX or AVX-512 BF16, and jax 0.12, which
+  needs Python 3.12), in float32 on others; the log says which.
 Command: python -m inception_jax.main --config experiments/tiny_cpu.py --workdir runs/tiny_cpu
 Changes to tiny_base: model, optimizer, schedule, train, evaluation, checkpoint, expected.
 Expected: 55.03% top-1, 79.72% top-5 on the validation images, 55.81% and 80.64% averaged over each
