@@ -365,7 +365,7 @@ class Optimizer:
     norm_bias_lr_ratio: float = resumable(
         1.0,
         "learning rate of the biases of BatchNorm, relative to that of the other parameters; does "
-        "not multiply weight decay (except with lamb). Experimental: not used in any recorded run",
+        "not multiply weight decay (except with lamb)",
         above=0,
     )
     clip_norm: float = resumable(0.0, "clip the gradient's global norm to this; 0 = off", low=0)
@@ -418,12 +418,12 @@ class Init:
     identity_convs: bool = setting(
         False,
         "start convolutions larger than 1x1, except the first, by passing their input channels on; "
-        "output channels beyond those stay random. Experimental: not used in any recorded run",
+        "output channels beyond those stay random",
     )
     whiten: bool = setting(
         False,
         "compute filters of the first convolution from training images, so that their responses "
-        "are uncorrelated, and do not train them. Experimental: not used in any recorded run",
+        "are uncorrelated, and do not train them",
     )
     whiten_bias: str = resumable_duration(
         "",
