@@ -35,6 +35,17 @@ def test_help_exits_with_0(module: str) -> None:
         assert "Experiment files are executed" in done.stdout
 
 
+def run_script(path: pathlib.Path) -> subprocess.CompletedProcess:
+    """Runs a Python file that imports the package."""
+    return subprocess.run(
+        [sys.executable, path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def experiment(folder: pathlib.Path, body: str) -> str:
     path = folder / "experiment.py"
     path.write_text(f"from inception_jax.config import Config\ndef get_config():\n    {body}\n")
@@ -295,13 +306,7 @@ def test_failed_run_ends_with_the_remedy(
     script.write_text(
         f"from inception_jax import cli\ndef main(_):\n    raise {failure}\ncli.run(main, '')\n"
     )
-    done = subprocess.run(
-        [sys.executable, script],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(script)
     assert done.returncode == code
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and words in last
@@ -318,13 +323,7 @@ def test_request_that_ends_after_its_event_loop_is_not_reported(tmp_path: pathli
         "def main(_):\n    Request()\n    Other()\n    raise cli.UserError('failed')\n"
         "cli.run(main, '')\n"
     )
-    done = subprocess.run(
-        [sys.executable, script],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(script)
     assert done.returncode == 2 and done.stderr.endswith("error: failed\n")
     assert "ValueError: another" in done.stderr and "Event loop" not in done.stderr
 
