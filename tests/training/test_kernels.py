@@ -149,18 +149,24 @@ def test_filters_fill_the_first_convolution_in_both_signs(
     np.testing.assert_array_equal(kernel[..., channels:], random[..., channels:])
 
 
-def test_only_whitening_filters_are_frozen(data_directory: pathlib.Path) -> None:
-    this = small.build(small.config(data_directory, init=Init(whiten=True, whiten_bias="3 steps")))
+@pytest.mark.parametrize(
+    ("whiten_bias", "finished", "is_bias_trained"),
+    [("3 steps", 2, True), ("3 steps", 3, False), ("", 0, True), ("", 100, True)],
+)
+def test_only_whitening_filters_are_frozen(
+    whiten_bias: str, finished: int, is_bias_trained: bool, data_directory: pathlib.Path
+) -> None:
+    init = Init(whiten=True, whiten_bias=whiten_bias)
+    this = small.build(small.config(data_directory, init=init))
     kernel, vector = np.ones((3, 3, 3, 60), np.float32), np.ones(60, np.float32)
     layer = {"conv": {"kernel": kernel}, "norm": {"scale": vector, "bias": vector}}
     tree = {"conv1": layer, "conv2": layer}
     freeze = kernels.make_freeze(this)
-    for finished, is_bias_trained in ((2, True), (3, False)):
-        frozen = weights.flatten(freeze(tree, jnp.int32(finished)))
-        for path, leaf in frozen.items():
-            untouched = path.startswith("conv2") or (is_bias_trained and "norm" in path)
-            expected = np.where(np.arange(60) < 54, float(untouched), 1.0)
-            np.testing.assert_array_equal(leaf, np.broadcast_to(expected, leaf.shape))
+    frozen = weights.flatten(freeze(tree, jnp.int32(finished)))
+    for path, leaf in frozen.items():
+        untouched = path.startswith("conv2") or (is_bias_trained and "norm" in path)
+        expected = np.where(np.arange(60) < 54, float(untouched), 1.0)
+        np.testing.assert_array_equal(leaf, np.broadcast_to(expected, leaf.shape))
 
 
 @pytest.mark.parametrize("name", ["sgd_nesterov", "muon"])
