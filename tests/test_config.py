@@ -136,7 +136,6 @@ def test_settings_unused_by_the_model_are_refused() -> None:
         ("init.whiten", True, "init.pretrained='x.safetensors'", "must be False"),
         ("optimizer.sam_rho", 0.1, "init.whiten=True", "must be 0"),
         ("init.whiten_bias", "3 epochs", "init.whiten=False", "needs config.init.whiten"),
-        ("train.lookahead", "5 steps", "train.ema='1 epoch'", "must be empty with config.train"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(
@@ -156,8 +155,7 @@ def test_distillation_needs_an_average() -> None:
     config = Config(train=Train(distill_start="40 epochs"))
     with pytest.raises(ConfigError, match=r"distill_start = '40 epochs': needs an average; set"):
         configs.validate(config)
-    for average in ({"ema": "1 epoch"}, {"lookahead": "5 steps"}):
-        configs.validate(Config(train=Train(distill_start="40 epochs", **average)))
+    configs.validate(Config(train=Train(distill_start="40 epochs", ema="1 epoch")))
 
 
 def test_alternating_flips_need_flips() -> None:
@@ -379,6 +377,18 @@ def test_todays_settings_are_read_as_they_are() -> None:
     assert configs.read_settings(json.loads(json.dumps(configs.to_dict(config)))) == (config, [])
 
 
+@pytest.mark.parametrize(
+    ("lookahead", "average", "expected"),
+    [("5 steps", "", "5 steps"), ("", "1 epoch", "1 epoch"), ("", "", "")],
+)
+def test_recorded_lookahead_is_read_as_an_average(
+    lookahead: str, average: str, expected: str
+) -> None:
+    recorded = {"train": {"lookahead": lookahead, "lookahead_decay": 0.95, "ema": average}}
+    found, notes = configs.read_settings(recorded)
+    assert (found.train.ema, notes) == (expected, [])
+
+
 def test_a_setting_recorded_under_both_names_keeps_the_new_one() -> None:
     found, notes = configs.read_settings({"train": {"accumulate": 4, "grad_accum_steps": 2}})
     assert found.train.grad_accum_steps == 2
@@ -390,6 +400,7 @@ def test_a_setting_recorded_under_both_names_keeps_the_new_one() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
+        ("train.lookahead", "train.ema='1 epoch'"),
         ("train.accumulate", "train.grad_accum_steps"),
         ("accumulate", "train.grad_accum_steps"),
         ("train.length.epochs", "train.duration='20 epochs'"),
@@ -478,15 +489,6 @@ def test_ema_may_change_its_duration_but_not_be_added() -> None:
     assert configs.changes(old, new)[0] == ["config.train.ema: '' → '10 steps'"]
     old.train.ema = "20 steps"
     assert configs.changes(old, new) == ([], ["config.train.ema: '20 steps' → '10 steps'"])
-
-
-def test_lookahead_may_change_its_interval_but_not_be_added() -> None:
-    old, new = Config(), Config()
-    new.train.lookahead = "5 steps"
-    assert new.train.keeps_average and not old.train.keeps_average
-    assert configs.changes(old, new)[0] == ["config.train.lookahead: '' → '5 steps'"]
-    old.train.lookahead = "4 steps"
-    assert configs.changes(old, new) == ([], ["config.train.lookahead: '4 steps' → '5 steps'"])
 
 
 def test_every_setting_is_in_the_help_and_the_reference() -> None:

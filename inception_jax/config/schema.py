@@ -467,23 +467,11 @@ class Train:
         "time constant of the exponential moving average (EMA) of parameters and BatchNorm "
         "statistics that evaluation uses; empty = no EMA",
     )
-    lookahead: str = resumable_duration(
-        "",
-        "interval between updates of Lookahead's average, from which training then continues and "
-        "which evaluation uses; empty = no Lookahead. Experimental: not used in any recorded run",
-    )
-    lookahead_decay: float = resumable(
-        0.95,
-        "for lookahead: weight of the old average for each step of the interval, at the end of "
-        "training; it rises with the third power of the progress",
-        low=0,
-        below=1,
-    )
     distill_start: str = resumable_duration(
         "",
-        "time from the start after which the average of `ema` or `lookahead` teaches: its "
-        "predictions become a part of the targets, for a third more compute; empty = never. "
-        "Experimental: not used in any recorded run",
+        "time from the start after which the average of `ema` teaches: its predictions become a "
+        "part of the targets, for a third more compute; empty = never. Experimental: not used in "
+        "any recorded run",
     )
     distill_weight: float = resumable(
         0.5, "for distill_start: weight of these predictions in the targets", above=0, high=1
@@ -504,7 +492,7 @@ class Train:
     @property
     def keeps_average(self) -> bool:
         """Whether the training state contains averages of parameters and statistics."""
-        return bool(parse_duration(self.ema) or parse_duration(self.lookahead))
+        return bool(parse_duration(self.ema))
 
 
 @dataclasses.dataclass

@@ -106,9 +106,10 @@ def _with_new_names(values: Mapping[str, Any], notes: list[str]) -> dict[str, An
             if not path:
                 continue
             group, name = _group_of(updated, path)
-            if name in group:
+            if "" not in (moved, group.get(name, "")):
                 notes.append(f"config.{old} = {value!r}: ignored, because config.{path} is set too")
-            group.setdefault(name, moved)
+            elif moved != "" or name not in group:
+                group[name] = moved
     return updated
 
 
@@ -277,8 +278,6 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
             if not _same(before.get(each), after.get(each), field.metadata["duration"])
         ]
     # An average is part of the state, so it can be neither added to a run nor removed.
-    for path in ("train.ema", "train.lookahead"):
-        was, now = get(old, path), get(new, path)
-        if bool(durations.parse_duration(was)) != bool(durations.parse_duration(now)):
-            refused.append(f"config.{path}: {was!r} → {now!r}")
+    if old.train.keeps_average != new.train.keeps_average:
+        refused.append(f"config.train.ema: {old.train.ema!r} → {new.train.ema!r}")
     return refused, allowed

@@ -105,17 +105,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.init.whiten_bias = {config.init.whiten_bias!r}: needs config.init.whiten; set "
             "it to True, or leave this empty"
         )
-    if durations.parse_duration(config.train.ema) and durations.parse_duration(
-        config.train.lookahead
-    ):
-        yield (
-            f"config.train.lookahead = {config.train.lookahead!r}: must be empty with "
-            f"config.train.ema = {config.train.ema!r}, because evaluation uses one average only"
-        )
     if durations.parse_duration(config.train.distill_start) and not config.train.keeps_average:
         yield (
             f"config.train.distill_start = {config.train.distill_start!r}: needs an average; set "
-            "config.train.ema or config.train.lookahead, or leave this empty"
+            "config.train.ema, or leave this empty"
         )
     if config.data.storage != "records":
         # Decoded storage keeps the full center square at the model's image size.

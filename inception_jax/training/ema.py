@@ -52,34 +52,6 @@ def update(average: Tree, values: Tree, decay: jax.Array) -> Tree:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, values)
 
 
-def lookahead(
-    slow: Tree, fast: Tree, step: jax.Array, *, every: int, decay: float, total_steps: int
-) -> tuple[Tree, Tree]:
-    """Returns the slow and the fast weights of Lookahead after a step.
-
-    Every `every` steps, the slow weights become d * slow + (1 - d) * fast with
-    d = decay**every * (finished steps / total_steps)**3, and the fast ones continue from there;
-    between, the slow weights rest. Zhang et al. 2019, arXiv:1907.08610, use a constant d of 0.5 or
-    0.2; the rising one is from Jordan 2024, arXiv:2404.00498 (`LookaheadState` and `alpha_schedule`
-    of legacy/airbench94.py in KellerJordan/cifar10-airbench), where the statistics of BatchNorm are
-    averaged too, and the slow weights are the result.
-
-    Args:
-      slow, fast: trees of float32 arrays of the same structure and shapes.
-      step: number of steps finished before, int32 [].
-      every: steps between updates.
-      decay: at the end of training, per step.
-      total_steps: length of training.
-    """
-    finished = step + 1
-    is_due = finished % every == 0
-    rising = decay**every * (finished.astype(jnp.float32) / total_steps) ** 3
-    step_size = jnp.where(is_due, 1 - rising, 0.0)
-    # In this form, equal weights stay what they are, such as kernels that are not trained.
-    slow = jax.tree.map(lambda a, b: a + step_size * (b - a), slow, fast)
-    return slow, jax.tree.map(lambda a, b: jnp.where(is_due, a, b), slow, fast)
-
-
 def correct_start(before: Tree, after: Tree, step: jax.Array, momentum: float) -> Tree:
     """Corrects BatchNorm's running statistics after a step for the start of training.
 

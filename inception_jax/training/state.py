@@ -25,7 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32 scalar.
       params: float32 parameters.
       batch_stats: float32 BatchNorm statistics; empty for a model without BatchNorm.
-      average: {"params", "batch_stats"} of the EMA or of Lookahead; empty if the run has neither.
+      average: {"params", "batch_stats"} of the EMA; empty if the run has none.
       opt_state: the optimizer's state.
       metrics: sums of the training metrics since the last report. They are part of the state so
         that a run killed between two reports resumes with the same numbers.

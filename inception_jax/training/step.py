@@ -120,7 +120,6 @@ def make_train_step(
     """
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
-    lookahead_every = run.timeline.steps(config.train.lookahead)
     freeze = kernels.make_freeze(run) if config.init.whiten else None
     teach = _make_teach(run) if run.timeline.steps(config.train.distill_start) else None
     metric_fns = run.metric_set
@@ -174,17 +173,6 @@ def make_train_step(
                 decay = ema.decay(state.step, time_constant)
                 current = {"params": params, "batch_stats": batch_stats}
                 average = ema.update(state.average, current, decay)
-        elif lookahead_every:
-            with jax.named_scope("average"):
-                average, continued = ema.lookahead(
-                    state.average,
-                    {"params": params, "batch_stats": batch_stats},
-                    state.step,
-                    every=lookahead_every,
-                    decay=config.train.lookahead_decay,
-                    total_steps=run.total_steps,
-                )
-                params, batch_stats = continued["params"], continued["batch_stats"]
         with jax.named_scope("metrics"):
             # For mixed images, the label with the larger weight counts as correct.
             labels = jnp.argmax(targets, axis=-1)

@@ -1,7 +1,5 @@
 """The moving average against a loop in Python."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,31 +47,6 @@ def test_average_of_constant_is_constant() -> None:
 def test_time_constant_of_one_step_keeps_last_value() -> None:
     result = ema.update({"a": jnp.ones(2)}, {"a": jnp.zeros(2)}, ema.decay(5, 1))
     np.testing.assert_array_equal(result["a"], [0, 0])
-
-
-def test_lookahead_equals_loop_of_its_source() -> None:
-    every, total = 5, 23
-    rng = np.random.default_rng(0)
-    # What training adds to the weights in each step.
-    added = rng.normal(size=(total, 3)).astype(np.float32)
-    net = slow = np.array([1.0, -2.0, 0.5])
-    alpha = 0.95**5 * (np.arange(total + 1) / total) ** 3
-    ours_slow = {"w": jnp.asarray(slow, jnp.float32)}
-    ours = jax.tree.map(jnp.copy, ours_slow)
-    step = jax.jit(
-        functools.partial(ema.lookahead, every=every, decay=0.95, total_steps=total),
-    )
-    for finished in range(total):
-        net = net + added[finished]
-        if (finished + 1) % every == 0:
-            slow = slow + (net - slow) * (1 - alpha[finished + 1])
-            net = slow
-        ours = {"w": ours["w"] + added[finished]}
-        ours_slow, ours = step(ours_slow, ours, jnp.int32(finished))
-        np.testing.assert_allclose(ours["w"], net, atol=1e-5)
-        np.testing.assert_allclose(ours_slow["w"], slow, atol=1e-5)
-    # The last three steps are not in the result, as in the source.
-    assert not np.array_equal(ours["w"], ours_slow["w"])
 
 
 def test_running_statistics_forget_initial_values_within_a_few_steps() -> None:
