@@ -1,7 +1,5 @@
 """Counts the compute of training from the traced network; docs/results.md has the definition."""
 
-import bisect
-import itertools
 from typing import NamedTuple
 
 from inception_jax import config as configs
@@ -26,7 +24,7 @@ class Phase(NamedTuple):
     image_size: int
     images: int
     multiply_adds: int
-    passes: float = 1
+    passes: int = 1
 
 
 def multiply_adds(settings: configs.Model, size: int, classes: int) -> int:
@@ -49,16 +47,17 @@ def phases(config: Config, *, examples: int, classes: int, steps: int = 0) -> li
     steps = steps or timeline.steps(train.duration)
     sizes = train.image_sizes or (config.data.image_size,)
     begins = [0, *(timeline.steps(each) for each in train.image_size_boundaries)]
-    taught = timeline.steps(train.distill_start) or steps
-    found = []
-    for begin, end in itertools.pairwise(sorted({*begins, min(taught, steps), steps})):
-        size = sizes[bisect.bisect_right(begins, begin) - 1]
-        passes = 2.0 if config.optimizer.sam_rho else 1.0  # SAM takes the gradient twice.
-        if begin >= taught:  # Distillation adds a forward pass, which is a third.
-            passes += 1 / 3
-        images = (end - begin) * train.batch_size
-        found.append(Phase(size, images, multiply_adds(config.model, size, classes), passes))
-    return found
+    begins = [each for each in begins if each < steps]  # The sizes that the run has reached.
+    passes = 2 if config.optimizer.sam_rho else 1  # SAM takes the gradient twice.
+    return [
+        Phase(
+            size,
+            images=(end - begin) * train.batch_size,
+            multiply_adds=multiply_adds(config.model, size, classes),
+            passes=passes,
+        )
+        for size, begin, end in zip(sizes, begins, [*begins[1:], steps], strict=False)
+    ]
 
 
 def pflop(trained: list[Phase]) -> float:

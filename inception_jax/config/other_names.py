@@ -86,7 +86,6 @@ RENAMED: dict[str, Renamed] = {
     ),
     # Lookahead cost accuracy and was removed. Its average is stored where that of the EMA is.
     "train.lookahead": Renamed("train.ema", example="1 epoch"),
-    "train.lookahead_decay": Renamed("", example="train.ema='1 epoch'"),
     "train.length": Renamed("train.duration", _one_string, "20 epochs"),
     "train.nonfinite": Renamed("train.on_nonfinite"),
     "watch.host_silence": Renamed("watch.heartbeat_timeout_seconds"),

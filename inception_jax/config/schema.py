@@ -467,15 +467,6 @@ class Train:
         "time constant of the exponential moving average (EMA) of parameters and BatchNorm "
         "statistics that evaluation uses; empty = no EMA",
     )
-    distill_start: str = resumable_duration(
-        "",
-        "time from the start after which the average of `ema` teaches: its predictions become a "
-        "part of the targets, for a third more compute; empty = never. Experimental: not used in "
-        "any recorded run",
-    )
-    distill_weight: float = resumable(
-        0.5, "for distill_start: weight of these predictions in the targets", above=0, high=1
-    )
     on_nonfinite: str = resumable(
         "stop",
         "on a NaN or infinite loss or gradient: stop, so that the run can resume from the last "

@@ -105,11 +105,6 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"config.init.whiten_bias = {config.init.whiten_bias!r}: needs config.init.whiten; set "
             "it to True, or leave this empty"
         )
-    if durations.parse_duration(config.train.distill_start) and not config.train.keeps_average:
-        yield (
-            f"config.train.distill_start = {config.train.distill_start!r}: needs an average; set "
-            "config.train.ema, or leave this empty"
-        )
     if config.data.storage != "records":
         # Decoded storage keeps the full center square at the model's image size.
         if config.augment.crop == "inception":

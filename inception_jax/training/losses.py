@@ -25,24 +25,6 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
-def distilled_targets(targets: jax.Array, teacher_logits: jax.Array, *, weight: float) -> jax.Array:
-    """Returns (1 - weight) * targets + weight * softmax(teacher_logits), without a temperature.
-
-    Kim et al. 2021, "Self-Knowledge Distillation with Progressive Refinement of Targets",
-    arXiv:2006.12000, eq. 5, where the teacher is the network of an epoch ago.
-
-    Args:
-      targets: float32 [B, K], rows summing to 1.
-      teacher_logits: float [B, K]; cast to float32.
-      weight: of the teacher, in [0, 1].
-
-    Returns:
-      float32 [B, K], rows summing to 1.
-    """
-    taught = jax.nn.softmax(teacher_logits.astype(jnp.float32))
-    return (1 - weight) * targets + weight * taught
-
-
 def objective(
     logits: jax.Array,
     aux_logits: tuple[jax.Array, ...],

@@ -121,7 +121,6 @@ def make_train_step(
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
     freeze = kernels.make_freeze(run) if config.init.whiten else None
-    teach = _make_teach(run) if run.timeline.steps(config.train.distill_start) else None
     metric_fns = run.metric_set
     momentum = protocol.get_attribute(run.model, "norm_momentum")
     gradient = gradients.make_gradient(
@@ -150,7 +149,7 @@ def make_train_step(
             state.params,
             state.batch_stats,
             images,
-            teach(state, images, targets) if teach else targets,
+            targets,
             keys.key_for(seed, "dropout", state.step),
         )
         if freeze:
@@ -205,27 +204,6 @@ def make_train_step(
         in_shardings=(replicated, sharding.batch_sharding(run.mesh)),
         out_shardings=replicated,
     )
-
-
-def _make_teach(run: Run) -> Callable[[TrainState, jax.Array, jax.Array], jax.Array]:
-    """Returns a function that mixes the predictions of the average into targets, once it is due.
-
-    The average sees the same augmented images as the network, without dropout and with its own
-    BatchNorm statistics (the mean teacher of Tarvainen and Valpola 2017, arXiv:1703.01780).
-    """
-    train = run.config.train
-    first = run.timeline.steps(train.distill_start)
-
-    def teach(state: TrainState, images: jax.Array, targets: jax.Array) -> jax.Array:
-        def taught() -> jax.Array:
-            output: Any = run.model.apply(state.average, images, train=False)
-            return losses.distilled_targets(targets, output.logits, weight=train.distill_weight)
-
-        with jax.named_scope("distill"):
-            mixed: jax.Array = jax.lax.cond(state.step >= first, taught, lambda: targets)
-        return mixed
-
-    return teach
 
 
 def _in_order_of_parameters(gradient: jax.Array) -> jax.Array:

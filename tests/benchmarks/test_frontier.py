@@ -178,23 +178,25 @@ def test_table_and_plot_have_means_over_seeds(
         assert len(plot.convert("L").getcolors()) > 20
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"optimizer.sam_rho": 0.05}, 2),
-        # A forward pass, a third of the compute, in the last two of three steps.
-        ({"train.ema": "1 step", "train.distill_start": "1 step"}, 1 + 2 / 9),
-    ],
-)
-def test_additional_passes_count(settings: dict[str, Any], expected: float) -> None:
+def test_the_second_gradient_of_sam_counts() -> None:
     experiment = measure.ROOT / "experiments/digits.py"
-    plain, more = (
+    plain, twice = (
         compute.pflop(
             compute.phases(load_config(experiment, each), examples=1437, classes=10, steps=3)
         )
-        for each in ({}, settings)
+        for each in ({}, {"optimizer.sam_rho": 0.05})
     )
-    assert more == pytest.approx(expected * plain)
+    assert twice == pytest.approx(2 * plain)
+
+
+@pytest.mark.parametrize(
+    ("steps", "images"),
+    [(1000, [256_000]), (1600, [380_160, 29_440]), (0, [380_160, 199_936, 59_904])],
+)
+def test_phases_end_with_the_finished_steps(steps: int, images: list[int]) -> None:
+    config = load_config(measure.ROOT / "experiments/tiny_cpu.py", {})
+    found = compute.phases(config, examples=100_000, classes=200, steps=steps)
+    assert [phase.images for phase in found] == images
 
 
 def test_the_frontier_leaves_out_what_a_cheaper_run_exceeds() -> None:

@@ -230,44 +230,6 @@ def test_microbatches_do_not_change_steps_and_metrics(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *ends)
 
 
-def test_average_teaches_from_its_start_on(data_directory: pathlib.Path) -> None:
-    this = dataclasses.replace(build(data_directory, 1), model=small.Linear())
-    batch, losses, after = batches(this, 1)[0], {}, {}
-    teacher = small.random_variables(this.model, 8, seed=1)
-    for start in ("", "2 steps"):
-        this.config.train.distill_start, this.config.train.distill_weight = start, 0.3
-        train_step = make_train_step(this)
-        for finished in (1, 2):
-            before = state.create(this)
-            average = jax.device_put(teacher, before.step.sharding)
-            now, output = train_step(
-                before.replace(step=jnp.int32(finished), average=average), batch
-            )
-            losses[start, finished] = float(output.loss)
-            after[start, finished] = jax.device_get(now.params)
-    assert losses["2 steps", 1] == losses["", 1]
-    jax.tree.map(np.testing.assert_array_equal, after["2 steps", 1], after["", 1])
-
-    images = (np.asarray(batch["image"], np.float64) / 255 - this.dataset.mean) / this.dataset.std
-    flat, labels = images.reshape(len(images), -1), np.eye(10)[batch["label"]]
-
-    def log_p(params: dict) -> np.ndarray:
-        dense = params["classifier"]["dense"]
-        logits = flat @ np.asarray(dense["kernel"], np.float64) + np.asarray(dense["bias"])
-        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
-
-    targets = 0.7 * labels + 0.3 * np.exp(log_p(teacher["params"]))
-    # Label smoothing comes afterwards.
-    targets = 0.9 * targets + 0.01
-    start = jax.device_get(state.create(this).params)
-    assert losses["2 steps", 2] == pytest.approx(-(targets * log_p(start)).sum(1).mean(), rel=1e-5)
-    # The gradient of the loss, and a rate of 0.1.
-    gradient = flat.T @ (np.exp(log_p(start)) - targets) / len(images)
-    expected = start["classifier"]["dense"]["kernel"] - 0.1 * gradient
-    kernel = after["2 steps", 2]["classifier"]["dense"]["kernel"]
-    np.testing.assert_allclose(kernel, expected, atol=1e-5)
-
-
 def test_sam_rho_reaches_step(data_directory: pathlib.Path) -> None:
     ends = []
     for rho in (0.0, 0.5):
