@@ -84,9 +84,9 @@ RENAMED: dict[str, Renamed] = {
     "train.image_size_epochs": Renamed(
         "train.image_size_boundaries", _boundaries(lambda group: "epochs"), "20 epochs,40 epochs"
     ),
+    "train.length": Renamed("train.duration", _one_string, "20 epochs"),
     # Lookahead cost accuracy and was removed. Its average is stored where that of the EMA is.
     "train.lookahead": Renamed("train.ema", example="1 epoch"),
-    "train.length": Renamed("train.duration", _one_string, "20 epochs"),
     "train.nonfinite": Renamed("train.on_nonfinite"),
     "watch.host_silence": Renamed("watch.heartbeat_timeout_seconds"),
 }

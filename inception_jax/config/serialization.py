@@ -106,6 +106,7 @@ def _with_new_names(values: Mapping[str, Any], notes: list[str]) -> dict[str, An
             if not path:
                 continue
             group, name = _group_of(updated, path)
+            # Under two names, the one with an empty value gives way.
             if "" not in (moved, group.get(name, "")):
                 notes.append(f"config.{old} = {value!r}: ignored, because config.{path} is set too")
             elif moved != "" or name not in group:

@@ -267,7 +267,6 @@ def test_resume_of_a_run_with_every_technique_is_bit_identical(
 ) -> None:
     init = Init(identity_convs=True, whiten=True, whiten_bias="4 steps")
     config = small.config(data_directory, init=init)
-    config.train.ema = "3 steps"
     # The second epoch begins at step 22.5.
     config.train.duration = "25 steps"
     config.augment.flip = config.augment.alternating_flip = True
