@@ -262,6 +262,7 @@ def evaluate(subject: Weights | Run, context: Config | TrainState, /) -> dict[st
     check_weights(subject)
     _use_settings(context)
     assert isinstance(context, Config)
+    run.check_settings(context)
     return evaluate_weights(run.assemble(context, log=console.log), subject)
 
 

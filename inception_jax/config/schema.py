@@ -240,8 +240,7 @@ class Augment:
     flip: bool = resumable(True, "flip half of the training images horizontally")
     alternating_flip: bool = resumable(
         False,
-        "flip each image in every second epoch, half of them in the first, instead of at random. "
-        "Experimental: not used in any recorded run",
+        "flip each image in every second epoch, half of them in the first, instead of at random",
     )
     policy: str = resumable(
         "none",
@@ -365,7 +364,7 @@ class Optimizer:
     norm_bias_lr_ratio: float = resumable(
         1.0,
         "learning rate of the biases of BatchNorm, relative to that of the other parameters; does "
-        "not multiply weight decay (except with lamb)",
+        "not multiply weight decay (except with adam, rmsprop and lamb)",
         above=0,
     )
     clip_norm: float = resumable(0.0, "clip the gradient's global norm to this; 0 = off", low=0)

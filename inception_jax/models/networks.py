@@ -39,10 +39,20 @@ def _googlenet(num_classes: int, **attributes: Any) -> "nn.Module":
 
 def _check_heads(config: configs.Config) -> Iterator[str]:
     """Yields a problem if the shapes of the auxiliary heads would change with the image size."""
-    if (sizes := config.train.image_sizes) and config.model.aux_heads:
+    if not config.model.aux_heads:
+        return
+    if sizes := config.train.image_sizes:
         yield (
             f"config.train.image_sizes = {sizes}: the auxiliary heads' shapes depend on the image "
             "size; set config.model.aux_heads to False, or leave image_sizes empty"
+        )
+    evaluation = config.evaluation
+    # BatchNorm is re-estimated in training mode, with the heads, at the size of the evaluation.
+    if evaluation.norm_examples and evaluation.image_size not in (0, config.data.image_size):
+        yield (
+            f"config.evaluation.image_size = {evaluation.image_size}: the auxiliary heads' shapes "
+            "depend on the image size, and config.evaluation.norm_examples uses them; set either "
+            "to 0, or config.model.aux_heads to False"
         )
 
 

@@ -175,7 +175,8 @@ def _due_evaluations(run: Run, step: int) -> list[str]:
     config = run.config
     every = {run.dataset.eval_split: config.evaluation.every}
     for name, view in configs.views(config).items():
-        every[name] = view.every or config.evaluation.every
+        is_set = configs.parse_duration(view.every)
+        every[name] = view.every if is_set else config.evaluation.every
     if step == run.total_steps:
         return list(every)
     return [name for name, period in every.items() if run.timeline.due(period, step)]
