@@ -1,6 +1,7 @@
 """The Python API: training, evaluation and use of weights without the command line."""
 
 import contextlib
+import copy
 import importlib
 import inspect
 import json
@@ -52,6 +53,14 @@ def test_weights_evaluate_like_the_checkpoint(finished: tuple[run.Run, Workdir])
     weights = inception_jax.load_weights(folder.path, "last")
     expected = evaluate_checkpoint(this, folder, "last")
     assert inception_jax.evaluate(weights, this.config) == expected
+
+
+def test_evaluation_refuses_invalid_settings(finished: tuple[run.Run, Workdir]) -> None:
+    weights = inception_jax.load_weights(finished[1].path)
+    invalid = copy.deepcopy(finished[0].config)
+    invalid.evaluation.batch_size = 0
+    with pytest.raises(UserError, match=r"config\.evaluation\.batch_size = 0: "):
+        inception_jax.evaluate(weights, invalid)
 
 
 def test_predictor_returns_the_logits_of_the_network(finished: tuple[run.Run, Workdir]) -> None:

@@ -602,6 +602,19 @@ def test_progressive_resizing_with_size_dependent_heads_is_refused() -> None:
         configs.validate(config)
 
 
+def test_size_dependent_heads_need_one_size_to_re_estimate_batch_norm() -> None:
+    config = Config()
+    config.model.aux_heads, config.evaluation.norm_examples = True, 64
+    for size in (0, config.data.image_size):
+        config.evaluation.image_size = size
+        configs.validate(config)
+    config.evaluation.image_size = config.data.image_size + 16
+    with pytest.raises(ConfigError, match=r"evaluation\.image_size = 80: the auxiliary heads"):
+        configs.validate(config)
+    config.evaluation.norm_examples = 0
+    configs.validate(config)
+
+
 def test_hosts_share_all_settings_except_data_locations() -> None:
     one, other = Config(), Config()
     other.data.directory, other.data.source, other.data.workers = "/disk", "a.zip", 8

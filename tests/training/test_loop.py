@@ -174,6 +174,22 @@ def test_each_evaluation_is_published_once_it_is_on_disk(
     assert seen == [5, 10, 11, 11]
 
 
+def test_evaluation_with_a_period_of_zero_follows_the_main_one(
+    reference: tuple[run.Run, Workdir], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this, _ = reference
+    view = View(split="train", examples=50, every="0 steps")
+    monkeypatch.setattr(this.config, "evaluations", {"beside": view})
+    folder = Workdir(tmp_path)
+    small.train(this, folder, Evaluator(this), changed=[])
+    lines = lines_without_timing(folder)
+    steps = {
+        split: [line["step"] for line in lines if line["split"] == split]
+        for split in ("beside", this.dataset.eval_split)
+    }
+    assert steps["beside"] == steps[this.dataset.eval_split] == [5, 10, 11]
+
+
 def test_evaluation_with_own_period_is_resumed(
     reference: tuple[run.Run, Workdir],
     tmp_path: pathlib.Path,
