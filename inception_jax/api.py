@@ -221,10 +221,12 @@ def load_dataset(config: Config) -> Dataset:
     """Returns the data set of an experiment; prepares it first if necessary.
 
     Raises:
+      ConfigError: naming every invalid setting.
       DataError: if the source is corrupt or missing, or the disk is full.
       WriteError: if data are in a bucket that cannot be read, or not be written.
     """
     _use_settings(config)
+    run.check_settings(config)
     return prepare(config.data, log=console.log)
 
 

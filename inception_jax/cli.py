@@ -20,6 +20,7 @@ import signal
 import sys
 import textwrap
 import traceback
+import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -48,7 +49,7 @@ _AGAIN = "rerun the same command (training resumes from its last checkpoint)"
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 # absl's messages for a setting's value that it cannot convert, and a number with a unit.
-_ABSL_PREFIX = re.compile(r"flags? .*?: (?=give )|flag (?=--)", re.DOTALL)
+_ABSL_PREFIX = re.compile(r"flags? .*?: (?=give |--)|flag (?=--)", re.DOTALL)
 _WRONG_SETTING = re.compile(r"flag --config\.([^=]+)=(.*?): .*", re.DOTALL)
 _WITH_UNIT = re.compile(r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([a-zA-Z%]+)")
 # The command line that config_flags sees. It also looks for --config in it when the flag is
@@ -141,6 +142,8 @@ def define_trained(*, or_config: bool = False) -> TrainedFlags:
     else:
         message = "give either --workdir=DIR or --weights=FILE"
         require_one("workdir", "weights", message=message)
+    require_with("checkpoint", "workdir")
+    require_with("parts", "weights")
     return defined
 
 
@@ -217,6 +220,20 @@ def require_one(*names: str, message: str, unless: str = "") -> None:
 
     checked = [*names, unless] if unless else names
     flags.register_multi_flags_validator(checked, is_right, message)
+
+
+def require_with(name: str, other: str, value: str = "") -> None:
+    """Refuses a flag that would be ignored: it needs another one, or a value of another one."""
+    needed = f"--{other}={value}" if value else f"--{other}"
+
+    def check(given: dict[str, Any]) -> bool:
+        used = given[other] == value if value else given[other]
+        if given[name] != flags.FLAGS[name].default and not used:
+            flag = f"--{name}" if given[name] is True else f"--{name}={given[name]}"
+            raise flags.ValidationError(f"{flag}: requires {needed}")
+        return True
+
+    flags.register_multi_flags_validator([name, other], check)
 
 
 def overrides() -> dict[str, Any]:
@@ -408,15 +425,21 @@ def with_tuples(argv: Sequence[str]) -> list[str]:
 
     >>> with_tuples(["--config.evaluation.metrics", "top1,top5", "--config.name=a,b"])
     ["--config.evaluation.metrics=('top1', 'top5')", '--config.name=a,b']
+    >>> with_tuples(["--config.train.image_sizes="])
+    ['--config.train.image_sizes=()']
     """
-    tuples = {path for path, kind, _ in configs.leaves() if kind == tuple[str, ...]}
+    kinds = {path: kind for path, kind, _ in configs.leaves()}
     rest: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
         flag, given, value = argument.partition("=")
-        if (match := _OVERRIDE.match(argument)) and match[1] in tuples:
+        match = _OVERRIDE.match(argument)
+        kind = kinds.get(match[1]) if match else None
+        if typing.get_origin(kind) is tuple:
             value = value if given else next(arguments, "")
-            if value.lstrip()[:1] not in ("(", "[", "'", '"'):
+            if not value.strip():
+                value = "()"
+            elif kind == tuple[str, ...] and value.lstrip()[:1] not in ("(", "[", "'", '"'):
                 value = repr(tuple(filter(None, (each.strip() for each in value.split(",")))))
             argument = f"{flag}={value}"
         rest.append(argument)

@@ -42,6 +42,8 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "with --mode=eval: best, last or a step number"
 )
+cli.require_with("checkpoint", "mode", "eval")
+cli.require_with("checkpoint", "workdir")
 _PROCESSES = cli.define_processes()
 cli.require("config")
 

@@ -613,7 +613,6 @@ def register_schedule(
     name: str,
     *,
     options: Mapping[str, Any] | None = None,
-    settings: tuple[str, ...] | None = None,
     check: Callable[[Any], Iterator[str]] | None = None,
 ) -> Callable[[FunctionT], FunctionT]:
     """Registers a schedule: `(settings, total_steps) -> optax.Schedule`.
@@ -626,9 +625,9 @@ def register_schedule(
     Args:
       name: name for config.schedule.name.
       options: defaults of its options; `settings.options` has all of them.
-      settings, check: as in `Part`.
+      check: as in `Part`.
     """
-    return SCHEDULES.register(name, options=options, settings=settings, check=check)
+    return SCHEDULES.register(name, options=options, check=check)
 
 
 def register_augmentation(
@@ -636,7 +635,6 @@ def register_augmentation(
     *,
     options: Mapping[str, Any] | None = None,
     settings: tuple[str, ...] | None = None,
-    check: Callable[[Any], Iterator[str]] | None = None,
 ) -> Callable[[FunctionT], FunctionT]:
     """Registers an augmentation: `(key, images, **options) -> images`.
 
@@ -647,9 +645,8 @@ def register_augmentation(
       name: name for config.augment.extra or config.augment.policy.
       options: defaults of its options, passed as keyword arguments.
       settings: settings of config.augment that are also passed as keyword arguments.
-      check: as in `Part`.
     """
-    return AUGMENTATIONS.register(name, options=options, settings=settings, check=check)
+    return AUGMENTATIONS.register(name, options=options, settings=settings)
 
 
 def register_dataset(

@@ -27,7 +27,7 @@ from absl import logging
 
 import inception_jax
 from inception_jax import api, registry
-from inception_jax.config import Log
+from inception_jax.config import Config, Data, Log
 from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
 from inception_jax.models.weights import save as save_weights
@@ -61,6 +61,12 @@ def test_evaluation_refuses_invalid_settings(finished: tuple[run.Run, Workdir]) 
     invalid.evaluation.batch_size = 0
     with pytest.raises(UserError, match=r"config\.evaluation\.batch_size = 0: "):
         inception_jax.evaluate(weights, invalid)
+
+
+def test_loading_data_refuses_invalid_settings() -> None:
+    invalid = Config(data=Data(name="digits", image_size=17, eval_crop_pct=0.5))
+    with pytest.raises(UserError, match=r"config\.data\.eval_crop_pct = 0\.5: must be 1"):
+        inception_jax.load_dataset(invalid)
 
 
 def test_predictor_returns_the_logits_of_the_network(finished: tuple[run.Run, Workdir]) -> None:

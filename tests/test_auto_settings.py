@@ -76,6 +76,16 @@ def test_every_size_gives_enough_steps_and_evaluations(images: int, evaluation: 
     assert 1 <= timeline.steps(found.log.every) <= timeline.steps(found.evaluation.every)
 
 
+def test_evaluations_of_several_views_are_rarer() -> None:
+    every = []
+    for settings in ({}, {"flip_tta": True}, {"flip_tta": True, "shift_tta": 1}):
+        config = open_settings()
+        config.evaluations["views"] = configs.View(**settings)
+        found = resolve(config, 1_000, 250)
+        every.append(configs.Timeline(1, 1).steps(found.evaluation.every))
+    assert every[0] < every[1] < every[2]
+
+
 def test_mixup_needs_enough_images_and_steps() -> None:
     assert [resolve(open_settings(), n).augment.mixup for n in (32, 80, 245)] == [0.0, 0.0, 0.2]
     config = open_settings()

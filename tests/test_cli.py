@@ -78,6 +78,7 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--config=experiments/tiny.py"], "--config: given 2 times (experiments/digits.py, e"),
         (["--config.train.batch_size", "--mode=eval"], "--config.train.batch_size: needs a value"),
         (["--checkpoint", "--mode=eval"], "--checkpoint: needs a value"),
+        (["--checkpoint=last"], "--checkpoint=last: requires --mode=eval"),
         (["--mode=evaluate"], "train"),
         (["stray"], "'stray'"),
         (["--platform=gpu"], "platform 'gpu': not available"),
@@ -459,6 +460,12 @@ def test_tuples_of_words_need_no_quotes() -> None:
     expected = ["--config.evaluation.metrics=('top1', 'top5')"]
     assert cli.with_tuples(["--config.evaluation.metrics=top1, top5"]) == expected
     assert cli.with_tuples(["--config.evaluation.metrics", "top1,top5"]) == expected
-    assert cli.with_tuples(["--config.schedule.boundaries="]) == ["--config.schedule.boundaries=()"]
-    for unchanged in ("--config.log.writers=('a',)", "--config.name=a,b", "--workdir=a,b"):
+    for empty in ("--config.schedule.boundaries=", "--config.train.image_sizes="):
+        assert cli.with_tuples([empty]) == [f"{empty}()"]
+    for unchanged in (
+        "--config.log.writers=('a',)",
+        "--config.train.image_sizes=16,32",
+        "--config.name=a,b",
+        "--workdir=a,b",
+    ):
         assert cli.with_tuples([unchanged]) == [unchanged]

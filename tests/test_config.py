@@ -134,6 +134,7 @@ def test_settings_unused_by_the_model_are_refused() -> None:
     ("path", "value", "other", "words"),
     [
         ("init.whiten", True, "init.pretrained='x.safetensors'", "must be False"),
+        ("init.identity_convs", True, "init.pretrained='x.safetensors'", "must be False"),
         ("optimizer.sam_rho", 0.1, "init.whiten=True", "must be 0"),
         ("init.whiten_bias", "3 epochs", "init.whiten=False", "needs config.init.whiten"),
     ],

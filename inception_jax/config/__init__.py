@@ -57,4 +57,4 @@ from inception_jax.config.serialization import (
 )
 from inception_jax.config.timeline import Timeline as Timeline
 from inception_jax.config.validation import named_parts as named_parts, validate as validate
-from inception_jax.config.views import FLIP as FLIP, views as views
+from inception_jax.config.views import views as views

@@ -13,6 +13,7 @@ from inception_jax.config import durations
 from inception_jax.config.fields import fill_open, get, is_open
 from inception_jax.config.schema import OPEN, Config
 from inception_jax.config.timeline import Timeline
+from inception_jax.config.views import views
 
 # Epochs for between FEW_IMAGES and MANY_IMAGES training images. Beyond either end, the number
 # falls with the square root of the ratio: more images need fewer epochs, and fewer images offer
@@ -76,14 +77,12 @@ def resolve(
     fill("schedule.warmup", _steps(int(WARMUP_FRACTION * total_steps)))
     mixed = train_examples >= FEW_IMAGES and total_steps >= MIN_MIXUP_STEPS
     fill("augment.mixup", MIXUP if mixed else 0.0)
-    settings = config.evaluation
-    images = eval_examples + sum(
-        min(examples, train_examples)
-        for examples in (settings.train_eval_examples, settings.norm_examples)
-    )
-    for view in config.evaluations.values():
+    images = eval_examples + min(config.evaluation.norm_examples, train_examples)
+    for view in views(config).values():
         available = train_examples if view.split == "train" else eval_examples
-        images += min(view.examples or available, available)
+        # At most: evaluations of the same images share passes over them.
+        passes = (1 + view.flip_tta) * (3 if view.shift_tta else 1)
+        images += min(view.examples or available, available) * passes
     affordable = EVALUATION_FRACTION * 3 * total_steps * batch_size / images
     evaluations = min(affordable, total_steps / MIN_STEPS_PER_EVALUATION, MAX_EVALUATIONS)
     every = math.ceil(total_steps / max(evaluations, MIN_EVALUATIONS))

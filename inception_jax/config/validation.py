@@ -95,6 +95,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             "config.init.whiten = True: must be False with config.init.pretrained, a file that "
             "has the first convolution's kernel"
         )
+    if config.init.identity_convs and config.init.pretrained:
+        yield (
+            "config.init.identity_convs = True: must be False with config.init.pretrained, a file "
+            "that has these convolutions' kernels"
+        )
     if config.init.whiten and config.optimizer.sam_rho:
         yield (
             f"config.optimizer.sam_rho = {config.optimizer.sam_rho:g}: must be 0 with "

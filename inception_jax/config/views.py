@@ -2,7 +2,7 @@
 
 from inception_jax.config.schema import Config, View
 
-FLIP, TRAIN_EVAL = "flip", "train_eval"
+TRAIN_EVAL = "train_eval"
 
 
 def views(config: Config) -> dict[str, View]:
@@ -14,5 +14,5 @@ def views(config: Config) -> dict[str, View]:
     if config.evaluation.train_eval_examples:
         short[TRAIN_EVAL] = View(split="train", examples=config.evaluation.train_eval_examples)
     if config.evaluation.flip_tta:
-        short[FLIP] = View(flip_tta=True)
+        short["flip"] = View(flip_tta=True)
     return short | config.evaluations

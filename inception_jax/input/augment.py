@@ -285,7 +285,7 @@ def resize_boxes(images: jax.Array, boxes: jax.Array) -> jax.Array:
 
 
 def flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Flips each of B images, float32 [B, H, W, 3], horizontally with probability 0.5."""
+    """Flips each of B images, [B, H, W, C] of any dtype, horizontally with probability 0.5."""
     mirrored = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
     return jnp.where(mirrored, images[:, :, ::-1], images)
 

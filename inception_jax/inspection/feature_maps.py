@@ -19,6 +19,16 @@ from inception_jax.storage import atomic, paths
 _GAP = 1
 
 
+def first_convolution(weights: Weights) -> str:
+    """Returns the slash-separated path of a network's first convolution; '' if it has none."""
+    size = weights.image_size
+    layers = introspect.spatial_layers(
+        weights.network, weights.variables, jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    )
+    leaves = files.flatten(weights.variables["params"])
+    return next((layer for layer in layers if f"{layer}/kernel" in leaves), "")
+
+
 def layer_kernel(weights: Weights, layer: str) -> np.ndarray:
     """Returns the kernel of a layer.
 
@@ -54,6 +64,8 @@ def compute_activations(predictor: Predictor, pixels: np.ndarray, layer: str) ->
     model, preprocess = predictor.model, predictor.preprocess
     images = jax.eval_shape(preprocess, jax.ShapeDtypeStruct((1, *pixels.shape), pixels.dtype))
     modules = introspect.spatial_layers(model, predictor.variables, images)
+    if not modules:
+        raise UserError(f"{predictor.weights.model.name}: has no feature maps to draw")
     if layer not in modules:
         raise UserError(
             f"--layer={layer}: no such module of {predictor.weights.model.name}, or its output is "

@@ -36,15 +36,17 @@ def intercept_outputs(hook: OutputHook) -> Iterator[None]:
     """Passes the output of every module called inside the `with` block through a function.
 
     Args:
-      hook: receives the module, its slash-separated path ('' for the network itself) and its
-        output, and returns the output to use instead.
+      hook: receives the module, its slash-separated path as in the network's variables (''
+        for the network itself) and its output, and returns the output to use instead.
     """
 
     def intercept(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = function(*args, **kwargs)
         if context.method_name != "__call__":
             return result
-        return hook(context.module, "/".join(context.module.path), result)
+        # A custom network shares the scope of its adapter, so its variables lack this name.
+        path = (name for name in context.module.path if name != "adapted_network")
+        return hook(context.module, "/".join(path), result)
 
     with nn.intercept_methods(intercept):
         yield

@@ -48,6 +48,7 @@ _EXAMPLES = flags.DEFINE_integer(
     "examples", 0, "number of training images, if the data set does not define it", 0
 )
 cli.require("config")
+cli.require_with("devices", "target_config")
 cli.require_one(
     "target", "target_config", message="give one of --target=NAME or --target_config=FILE"
 )

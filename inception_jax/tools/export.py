@@ -54,25 +54,20 @@ _CALIBRATION = flags.DEFINE_integer(
 _FLOAT_ENDS = flags.DEFINE_bool(
     "float_ends", False, "--quantize: keep the first convolution and the classifier in float32"
 )
+cli.require_with("dtype", "to", "savedweights")
+cli.require_with("quantize", "to", "onnx")
+cli.require_with("calibration", "quantize", "int8")
+cli.require_with("float_ends", "quantize", "int8")
 
 
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
-    from inception_jax.errors import UserError
     from inception_jax.inference import load
     from inception_jax.models import weights
     from inception_jax.runtime import devices
     from inception_jax.storage import access
 
-    if _QUANTIZE.value != "none" and _TO.value != "onnx":
-        raise UserError(f"--quantize={_QUANTIZE.value}: requires --to=onnx")
-    if _FLOAT_ENDS.value and _QUANTIZE.value == "none":
-        raise UserError("--float_ends: requires --quantize=int8")
-    if _DTYPE.value != "float32" and _TO.value != "savedweights":
-        raise UserError(
-            f"--dtype={_DTYPE.value}: requires --to=savedweights; other formats are float32"
-        )
     # Converting needs no accelerator, and another command may be using it.
     devices.initialize(platform="cpu", log=console.log)
     trained = load.load(**_TRAINED.values(), log=console.log)

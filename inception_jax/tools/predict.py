@@ -72,6 +72,9 @@ _DIRECTORY = flags.DEFINE_string(
 )
 _DTYPE = cli.define_inference_dtype()
 _PLATFORM = cli.define_platform()
+cli.require_with("explain_class", "explain")
+cli.require_with("layer", "explain")
+cli.require_with("config.data.directory", "split")
 # Flags may follow image files.
 flags.FLAGS.set_gnu_getopt(True)
 
@@ -105,11 +108,11 @@ def _check_flags(positional: Sequence[str]) -> None:
         raise UserError("give either image files and folders or --split=NAME. See --help")
     if _JSON.value and _CSV.value:
         raise UserError("--json and --csv: cannot be combined; use one of them")
-    if _SPLIT.value is not None and (_JSON.value or _CSV.value or _EXPLAIN.value is not None):
-        raise UserError("--split: cannot be combined with --json, --csv or --explain; omit those")
-    for flag, required in ((_EXPLAIN_CLASS, _EXPLAIN), (_LAYER, _EXPLAIN), (_DIRECTORY, _SPLIT)):
-        if flag.value is not None and required.value is None:
-            raise UserError(f"--{flag.name}={flag.value}: requires --{required.name}")
+    only_files = (_JSON.value, _CSV.value, _EXPLAIN.value is not None, _TOP.value != _TOP.default)
+    if _SPLIT.value is not None and any(only_files):
+        raise UserError(
+            "--split: cannot be combined with --json, --csv, --explain or --top; omit those"
+        )
 
 
 def _predict_files(weights: "Weights", images: "ImageFiles") -> None:
@@ -196,6 +199,7 @@ def _data_settings(weights: "Weights") -> "Data":
 
     from inception_jax.config import Data
     from inception_jax.inference import load
+    from inception_jax.registry import DATASETS
     from inception_jax.training import workdir
 
     if _TRAINED.workdir.value is not None:
@@ -207,6 +211,11 @@ def _data_settings(weights: "Weights") -> "Data":
             eval_crop_pct=weights.eval_crop,
             storage="decoded" if weights.eval_crop == 1 else "records",
         )
+        if list(DATASETS.get(data.name).problems(data, Data())):
+            raise UserError(
+                f"--split={_SPLIT.value}: {weights.origin} does not record which data set of "
+                f"{data.name} it was trained on; use --workdir=DIR, or give the split's image files"
+            )
     else:
         raise UserError(
             f"--split={_SPLIT.value}: {weights.origin} does not name its data set; use "

@@ -38,8 +38,13 @@ _CLASSES = flags.DEFINE_integer(
 )
 _IMAGE = cli.define_path("image", "image file to compute activations for")
 _LAYER = flags.DEFINE_string(
-    "layer", None, "module to draw the activations of; default: the first of several layers"
+    "layer",
+    None,
+    "module to draw the activations of; default: the first with several layers, or the first "
+    "convolution",
 )
+cli.require_with("classes", "config")
+cli.require_with("layer", "image")
 
 
 def main(positional: Sequence[str]) -> None:
@@ -105,18 +110,17 @@ def _draw_weights(
     from inception_jax.inspection import feature_maps
 
     written = []
-    first = next(layer.name for layer in structure.layers if layer.inputs[0].source is None)
-    kernel = feature_maps.layer_kernel(weights, first)
-    if kernel.ndim == 4:
+    if first := feature_maps.first_convolution(weights):
         written.append(folder / "filters.png")
+        kernel = feature_maps.layer_kernel(weights, first)
         feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
     else:
-        console.log(f"{first}: the first layer is not a convolution, so it has no filters to draw")
+        console.log(f"{weights.model.name}: no convolution found, so no filters are drawn")
     if image is None:
         return written
     written.append(folder / "activations.png")
     modules = (block.name for block in structure.blocks() if len(block.layers) > 1)
-    layer = _LAYER.value or next(modules)
+    layer = _LAYER.value or next(modules, first)
     predictor = Predictor(weights)
     pixels = predictor.read(image, str(_IMAGE.value))
     maps = feature_maps.compute_activations(predictor, pixels, layer)

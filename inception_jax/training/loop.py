@@ -59,7 +59,8 @@ def train(
       The contents of result.json: the last evaluation, and the speed and time of the entire run.
 
     Raises:
-      RunError: if a loss or gradient is not finite; the last checkpoint is from before that.
+      RunError: if a loss or gradient is not finite; the last checkpoint's parameters are from
+        before that.
       UserError: if the workdir cannot be written to.
       Preempted: if `stop` returned True, once the checkpoint is on disk.
     """

@@ -176,18 +176,20 @@ class Reporter:
         return {"learning_rate": float(self._schedule(np.int32(step - 1)))}
 
     def _nonfinite_error(self, what: str, step: int, times: int = 1) -> RunError:
-        remedies = "Lower the optimizer's learning rate, or set"
+        remedies = "Lower the optimizer's learning rate"
         if rate := self._learning_rate(step):
             remedies = (
                 "Set a lower config.schedule.learning_rate (it was "
-                f"{rate['learning_rate']:.4g}), a longer config.schedule.warmup, "
-                "config.optimizer.clip_norm=1, or"
+                f"{rate['learning_rate']:.4g}), a longer config.schedule.warmup or "
+                "config.optimizer.clip_norm=1"
             )
+        if self._run.config.train.on_nonfinite != "skip":
+            remedies += ", or set config.train.on_nonfinite=skip to skip single steps"
         streak = f", the first of {times} in a row" if times > 1 else ""
         return RunError(
             f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
-            f"{streak}. The last checkpoint is from before that; the same command resumes from it. "
-            f"{remedies} config.train.on_nonfinite=skip to skip single steps"
+            f"{streak}. The last checkpoint's parameters are from before that; the same command "
+            f"resumes from it. {remedies}"
         )
 
     def report_eval(self, step: int, results: EvalResults) -> None:

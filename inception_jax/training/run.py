@@ -95,7 +95,7 @@ class Run:
         return self.config.model.name
 
     def compilation_key(self) -> str:
-        """Returns a description of everything that affects this run's compilation time."""
+        """Returns the settings that most affect this run's compilation time."""
         model, train = self.config.model, self.config.train
         layers = (self.model_name, model.stem, f"width {model.width:g}", model.norm, model.dtype)
         device = f"{self.mesh.size} × {self.device.device_kind}"

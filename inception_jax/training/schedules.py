@@ -107,7 +107,7 @@ def _check_rate(part: registry.Part, schedule: Any) -> None:
     raise ConfigError(f"{part.location}: the schedule {part.name!r} returned {got}; {expected}")
 
 
-@register_schedule("constant", settings=())
+@register_schedule("constant")
 def constant(settings: Settings, total_steps: int) -> optax.Schedule:
     """Returns a constant rate, the peak."""
     return optax.constant_schedule(settings.learning_rate)
@@ -121,7 +121,7 @@ def _check_boundaries(config: Config) -> Iterator[str]:
         )
 
 
-@register_schedule("steps", settings=("boundaries", "decay_rate"), check=_check_boundaries)
+@register_schedule("steps", check=_check_boundaries)
 def steps(settings: Settings, total_steps: int) -> optax.Schedule:
     """Returns a rate that drops at boundaries, counted from the start of training."""
     boundaries = [settings.steps(boundary) for boundary in settings.boundaries]
@@ -148,9 +148,7 @@ def _check_decay_period(config: Config) -> Iterator[str]:
         )
 
 
-@register_schedule(
-    "exponential", settings=("decay_rate", "decay_period", "staircase"), check=_check_decay_period
-)
+@register_schedule("exponential", check=_check_decay_period)
 def exponential(settings: Settings, total_steps: int) -> optax.Schedule:
     """Returns a rate that falls by the same factor in each period."""
     every, warmup = settings.steps(settings.decay_period), settings.warmup_steps
@@ -162,12 +160,11 @@ def exponential(settings: Settings, total_steps: int) -> optax.Schedule:
     return _scale_peak(settings, lambda t: settings.decay_rate ** (t / every))
 
 
-# Curves from 1 to 0 as functions of progress from 0 to 1 (cosine: Loshchilov and Hutter 2017), with
-# the settings that they read.
-_DECAY_CURVES: dict[str, tuple[tuple[str, ...], Callable[[Settings, jax.Array], jax.Array]]] = {
-    "cosine": ((), lambda s, p: (1 + jnp.cos(jnp.pi * p)) / 2),
-    "linear": ((), lambda s, p: 1 - p),
-    "polynomial": (("power",), lambda s, p: (1 - p) ** s.power),
+# Curves from 1 to 0 as functions of progress from 0 to 1 (cosine: Loshchilov and Hutter 2017).
+_DECAY_CURVES: dict[str, Callable[[Settings, jax.Array], jax.Array]] = {
+    "cosine": lambda s, p: (1 + jnp.cos(jnp.pi * p)) / 2,
+    "linear": lambda s, p: 1 - p,
+    "polynomial": lambda s, p: (1 - p) ** s.power,
 }
 
 
@@ -185,8 +182,8 @@ def _decaying(curve: Callable[[Settings, jax.Array], jax.Array]) -> Callable[...
     return build
 
 
-for _name, (_settings, _curve) in _DECAY_CURVES.items():
-    register_schedule(_name, settings=("final_lr_ratio", *_settings))(_decaying(_curve))
+for _name, _curve in _DECAY_CURVES.items():
+    register_schedule(_name)(_decaying(_curve))
 
 
 def _scale_peak(settings: Settings, factor: Callable[[jax.Array], jax.Array]) -> optax.Schedule:

@@ -215,6 +215,7 @@ def test_bisection_ends_within_an_eighth_of_the_limit(limit: int, start: int) ->
         (["--target=v5e-3"], "no such target. Did you mean v5e-"),
         ([], "give one of --target=NAME or --target_config=FILE"),
         (["--target=h100", "--target_config=x"], "give one of --target=NAME"),
+        (["--target=h100", "--devices=2"], "--devices=2: requires --target_config"),
         (["--target_config=/nonexistent"], "--target_config=/nonexistent: file not found"),
         (["--target=v5e-8", "--json=/proc/x/y"], "--json=/proc/x/y: cannot be written to"),
     ],

@@ -101,6 +101,7 @@ def test_int8_has_its_own_accuracy(data_directory: pathlib.Path, tmp_path: pathl
         (["--to=onnx", "--dtype=bfloat16"], "--dtype=bfloat16: requires --to=savedweights"),
         (["--to=stablehlo", "--quantize=int8"], "--quantize=int8: requires --to=onnx"),
         (["--to=onnx", "--float_ends"], "--float_ends: requires --quantize=int8"),
+        (["--to=onnx", "--calibration=9"], "--calibration=9: requires --quantize=int8"),
         (["--to=onnx", "--quantize=int8"], "also give its experiment: --config=FILE"),
         (
             ["--to=onnx", "--quantize=int8", "--config=experiments/digits.py"],

@@ -185,6 +185,11 @@ def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> Non
     assert done.returncode == 2
     assert f"--split=test: {path} does not name its data set" in done.stderr
 
+    weights.save(path, dataclasses.replace(network, dataset="tfds"))
+    done = command.run(*arguments, "--split=test")
+    assert done.returncode == 2
+    assert "does not record which data set of tfds it was trained on" in done.stderr
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -193,6 +198,8 @@ def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> Non
         ([], "give either image files and folders or --split=NAME"),
         (["README.md", "--json", "--csv"], "--json and --csv: cannot be combined"),
         (["README.md", "--layer=conv1"], "--layer=conv1: requires --explain"),
+        (["README.md", "--checkpoint=3"], "--checkpoint=3: requires --workdir"),
+        (["--split=test", "--top=3"], "--split: cannot be combined with"),
         (["README.md", "--workdir=x"], "give either --workdir=DIR or --weights=FILE"),
         (["README.md", "--config.train.batch_size=2"], "config.train.batch_size"),
     ],

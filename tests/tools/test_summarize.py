@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inception_jax import experiment
+from inception_jax.config import Model
 from inception_jax.models import weights
 from tests import command, random_weights
 
@@ -44,6 +46,25 @@ def test_weights_show_filters_and_activations(
             assert min(image.size) > 500
 
 
+def test_first_layer_of_a_network_without_modules_is_drawn(tmp_path: pathlib.Path) -> None:
+    parts = tmp_path / "plain.py"
+    parts.write_text(
+        "import flax.linen as nn, inception_jax as ij\n"
+        "@ij.register_model('plain')\n"
+        "def plain(settings, num_classes):\n"
+        "    return nn.Sequential(\n"
+        "        [nn.Conv(8, (3, 3)), lambda x: x.mean((1, 2)), nn.Dense(num_classes)]\n"
+        "    )\n"
+    )
+    experiment.register_parts(parts, "--parts=")
+    saved, picture = tmp_path / "plain.safetensors", tmp_path / "picture.png"
+    weights.save(saved, random_weights.make(Model(name="plain")))
+    Image.new("RGB", (20, 20), "orange").save(picture)
+    flags = [f"--weights={saved}", f"--parts={parts}", f"--image={picture}"]
+    printed = command.check("tools.summarize", *flags, f"--output={tmp_path}")
+    assert str(tmp_path / "activations.png") in printed.splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +78,8 @@ def test_weights_show_filters_and_activations(
             ["tools.summarize", "--config=experiments/imagenet.py", "--config.data.image_size=8"],
             "must be at least 31 x 31 px",
         ),
+        ([*DIGITS, "--layer=conv1"], "--layer=conv1: requires --image"),
+        (["tools.summarize", "--weights=x", "--classes=3"], "--classes=3: requires --config"),
         ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),
     ],
 )
