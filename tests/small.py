@@ -124,6 +124,7 @@ def weights(directory: pathlib.Path = pathlib.Path(), *, seed: int = 0, **change
         image_size=settings.data.image_size,
         eval_crop=settings.data.eval_crop_pct,
         eval_image_size=settings.evaluation.image_size,
+        resize_kernel=settings.data.resize_kernel,
         dataset=settings.data.name,
         class_names=tuple(f"kind {label}" for label in range(classes)),
         mean=np.array([0.4, 0.5, 0.6], np.float32),

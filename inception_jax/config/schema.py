@@ -183,6 +183,12 @@ class Data:
     image_size: int = setting(
         64, "height and width of the images fed to the model", unit="pixels", low=8
     )
+    resize_kernel: str = resumable(
+        "linear",
+        "interpolation from image_size to the sizes of training phases and evaluations, with "
+        "antialiasing; lanczos3 keeps images sharper",
+        choices=("linear", "lanczos3"),
+    )
     storage: str = resumable(
         "decoded",
         "decoded = decode all images once into a file (3 × image_size² bytes each); records = "

@@ -271,10 +271,11 @@ class Evaluator:
 
     def _make_forward(self, size: int) -> Callable[..., jax.Array]:
         """Returns a function from variables, images and whether to flip them to logits [B, K]."""
-        dataset = self._run.dataset
+        dataset, kernel = self._run.dataset, self._run.config.data.resize_kernel
 
         def logits(variables: Variables, images: jax.Array, flip: jax.Array) -> jax.Array:
-            images = augment.normalize(augment.resize(images, size), dataset.mean, dataset.std)
+            images = augment.resize(images, size, kernel)
+            images = augment.normalize(images, dataset.mean, dataset.std)
             images = jnp.where(flip, images[:, :, ::-1], images)
             output: Any = self._run.model.apply(variables, images, train=False)
             return output.logits

@@ -32,6 +32,7 @@ def export(weights: Weights) -> bytes:
         name=weights.model.name,
         size=weights.image_size,
         resized=weights.eval_image_size or weights.image_size,
+        resize_kernel=weights.resize_kernel,
         mean=weights.mean,
         std=weights.std,
         names=(INPUT, OUTPUT),

@@ -45,6 +45,7 @@ def convert(
     name: str,
     size: int,
     resized: int,
+    resize_kernel: str,
     mean: np.ndarray,
     std: np.ndarray,
     names: tuple[str, str],
@@ -55,7 +56,8 @@ def convert(
       network: maps normalized images, float32 [1, resized, resized, 3], to float32 [1, classes].
       name: of the graph.
       size: height and width of the input, pixels.
-      resized: height and width after resizing (see `augment.resize`), pixels.
+      resized: height and width after resizing, pixels.
+      resize_kernel: as in `augment.resize`.
       mean, std: float32 [3], of the normalization (pixel / 255 - mean) / std.
       names: of input and output, uint8 [batch, size, size, 3] and float32 [batch, classes].
 
@@ -73,11 +75,8 @@ def convert(
     x = graph.add("Cast", names[0], to=TensorProto.FLOAT)
     x = graph.add("Transpose", x, perm=[0, 3, 1, 2])
     if resized != size:
-        x = graph.add(
-            "MatMul",
-            graph.add("MatMul", _resize_matrix(size, resized), x),
-            _resize_matrix(size, resized).T,
-        )
+        matrix = _resize_matrix(size, resized, resize_kernel)
+        x = graph.add("MatMul", graph.add("MatMul", matrix, x), matrix.T)
     # (x / 255 - mean) / std.
     x = graph.add("Mul", x, (1 / (255 * std)).astype(np.float32).reshape(1, 3, 1, 1))
     x = graph.add("Sub", x, (mean / std).astype(np.float32).reshape(1, 3, 1, 1))
@@ -101,10 +100,10 @@ def convert(
     return model
 
 
-def _resize_matrix(size: int, resized: int) -> np.ndarray:
+def _resize_matrix(size: int, resized: int, kernel: str) -> np.ndarray:
     """Returns the matrix, float32 [resized, size], by which `augment.resize` resizes one axis."""
     identity = jnp.eye(size, dtype=jnp.float32)
-    return np.asarray(jax.image.resize(identity, (resized, size), "linear", antialias=True))
+    return np.asarray(jax.image.resize(identity, (resized, size), kernel, antialias=True))
 
 
 class _Graph:

@@ -132,6 +132,7 @@ def from_checkpoint(
         std=np.array(dataset["std"], np.float32),
         eval_crop=config.data.eval_crop_pct,
         eval_image_size=config.evaluation.image_size,
+        resize_kernel=config.data.resize_kernel,
         bit_depth=dataset.get("bit depth", configs.unrecorded_bit_depth(config.data.name)),
         experiment=config.name,
         dataset=config.data.name,

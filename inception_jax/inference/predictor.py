@@ -229,7 +229,8 @@ class Predictor:
         self._check(pixels, _ASTYPE)
         weights = self.weights
         size = weights.eval_image_size or weights.image_size
-        return augment.normalize(augment.resize(pixels, size), weights.mean, weights.std)
+        images = augment.resize(pixels, size, weights.resize_kernel)
+        return augment.normalize(images, weights.mean, weights.std)
 
     def map_batches(self, compute: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
         """Applies a function to arrays in batches, and returns the concatenated results.

@@ -49,6 +49,7 @@ def augment(
     std: ArrayLike,
     num_classes: int,
     size: int | None = None,
+    resize_kernel: str = "linear",
     mix_probability: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Augments a batch according to `settings`.
@@ -67,6 +68,7 @@ def augment(
       mean, std: float32 [C], of the training split's pixel values / 255.
       num_classes: K.
       size: height and width of the result, pixels; None: those of `images`.
+      resize_kernel: as in `resize`.
       mix_probability: fraction of batches to mix, may be traced; None: `settings.mix_probability`.
 
     Returns:
@@ -94,7 +96,7 @@ def augment(
         extra_key = jax.random.fold_in(keys[_Stream.EXTRA], zlib.crc32(name.encode()))
         images = 255 * apply(name, extra_key, images.astype(jnp.float32) / 255, settings)
     if size is not None:
-        images = resize(images, size)
+        images = resize(images, size, resize_kernel)
     images = normalize(images, mean, std)
     targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     if settings.mixup or settings.cutmix:
@@ -111,21 +113,24 @@ def augment(
     return images, targets
 
 
-def resize(images: jax.Array, size: int) -> jax.Array:
-    """Resizes images with antialiased bilinear interpolation (triangle as wide as a new pixel).
+def resize(images: jax.Array, size: int, kernel: str = "linear") -> jax.Array:
+    """Resizes images with antialiasing.
 
     Args:
       images: uint8, or float32 between 0 and 255, [B, H, W, C].
       size: new height and width, pixels.
+      kernel: "linear" (a triangle as wide as two new pixels) or "lanczos3", which is sharper and
+        overshoots at edges.
 
     Returns:
-      `images` if they already have that size, else float32 [B, size, size, C] in [0, 255].
+      `images` if they already have that size, else float32 [B, size, size, C], with "linear"
+      between 0 and 255.
     """
     batch, *shape, channels = images.shape
     if shape == [size, size]:
         return images
     new_shape = (batch, size, size, channels)
-    return jax.image.resize(images.astype(jnp.float32), new_shape, "linear", antialias=True)
+    return jax.image.resize(images.astype(jnp.float32), new_shape, kernel, antialias=True)
 
 
 def _policy(key: jax.Array, images: jax.Array, settings: config.Augment) -> jax.Array:

@@ -55,6 +55,7 @@ class Weights:
         a constant channel, becomes 1.
       eval_crop: fraction of an image's center square that evaluation keeps, between 0 and 1.
       eval_image_size: size to which evaluation resizes the images, pixels; 0: unchanged.
+      resize_kernel: by which it does that (see `input.augment.resize`).
       bit_depth: of the training images (see `datasets.dataset.Dataset`).
       experiment: name of the experiment; "": unknown.
       dataset, dataset_version: name and version of the data set; "": unknown.
@@ -77,6 +78,7 @@ class Weights:
     std: np.ndarray
     eval_crop: float = 1.0
     eval_image_size: int = 0
+    resize_kernel: str = "linear"
     bit_depth: int = 0
     experiment: str = ""
     dataset: str = ""

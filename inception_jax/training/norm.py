@@ -79,9 +79,10 @@ class NormEstimator:
         """Adds one batch's part to the mean over all batches."""
         config, dataset = self._run.config, self._run.dataset
         size = config.evaluation.image_size or dataset.image_size
+        images = augment.resize(images, size, config.data.resize_kernel)
         _, updated = self._run.model.apply(
             variables | {"batch_stats": optax.tree.zeros_like(variables["batch_stats"])},
-            augment.normalize(augment.resize(images, size), dataset.mean, dataset.std),
+            augment.normalize(images, dataset.mean, dataset.std),
             train=True,
             rngs={"dropout": keys.key_for(config.seed, "norm")},
             mutable=["batch_stats"],

@@ -245,6 +245,7 @@ def _settings_augmentation(
         std=dataset.std,
         num_classes=dataset.num_classes,
         size=image_size,
+        resize_kernel=run.config.data.resize_kernel,
         mix_probability=mix_probability(step, settings.mix_probability, mixed_steps),
     )
 

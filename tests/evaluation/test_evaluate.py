@@ -225,13 +225,14 @@ def test_split_metric_is_exact(
     assert result.metrics["macro"] == pytest.approx(100 * np.mean(by_class))
 
 
-def test_images_are_resized_for_evaluation(data_directory: pathlib.Path) -> None:
+@pytest.mark.parametrize("kernel", ["linear", "lanczos3"])
+def test_images_are_resized_for_evaluation(kernel: str, data_directory: pathlib.Path) -> None:
     config = small.config(data_directory)
-    config.evaluation.image_size = 12
+    config.evaluation.image_size, config.data.resize_kernel = 12, kernel
     this = small.build(config)
     variables = state.create(this).eval_variables()
     split, dataset = this.dataset.evaluation, this.dataset
-    resized = augment.resize(split.read(np.arange(len(split))), 12)
+    resized = augment.resize(split.read(np.arange(len(split))), 12, kernel)
     assert resized.shape == (360, 12, 12, 3)
     images = (np.asarray(resized) / np.float32(255) - dataset.mean) / dataset.std
     logits = this.model.apply(jax.device_get(variables), images, train=False).logits

@@ -84,7 +84,14 @@ def test_operation_matches_jax(operation: Callable[[jax.Array], jax.Array]) -> N
 
     mean, std = np.array([0.4, 0.5, 0.6], "f4"), np.array([0.2, 0.3, 0.1], "f4")
     model = onnx_graph.convert(
-        network, name="one", size=SIZE, resized=SIZE, mean=mean, std=std, names=("x", "y")
+        network,
+        name="one",
+        size=SIZE,
+        resized=SIZE,
+        resize_kernel="linear",
+        mean=mean,
+        std=std,
+        names=("x", "y"),
     )
     pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
     expected = jax.jit(network)(((pixels / 255 - mean) / std).astype(np.float32))
@@ -101,6 +108,7 @@ def test_unsupported_operation_is_named() -> None:
             name="",
             size=4,
             resized=4,
+            resize_kernel="linear",
             mean=np.zeros(3),
             std=np.ones(3),
             names=("x", "y"),

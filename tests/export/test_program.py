@@ -63,8 +63,9 @@ def test_stablehlo_runs_on_any_batch_and_platform(weights: Weights) -> None:
     assert program.max_logit_difference(weights, call) < 1e-3
 
 
-def test_program_resizes_to_evaluation_size() -> None:
-    weights = random_weights.make(evaluated=12)
+@pytest.mark.parametrize("kernel", ["linear", "lanczos3"])
+def test_program_resizes_to_evaluation_size(kernel: str) -> None:
+    weights = dataclasses.replace(random_weights.make(evaluated=12), resize_kernel=kernel)
     pixels = noise(2)
     logits = stablehlo.load(stablehlo.export(weights))(pixels)
     np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
@@ -93,8 +94,9 @@ def test_onnx_runtime_matches_network(weights: Weights, onnx_data: bytes) -> Non
         np.testing.assert_allclose(call(pixels), expected(weights, pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_onnx_file_resizes_to_evaluation_size() -> None:
-    weights = random_weights.make(evaluated=12)
+@pytest.mark.parametrize("kernel", ["linear", "lanczos3"])
+def test_onnx_file_resizes_to_evaluation_size(kernel: str) -> None:
+    weights = dataclasses.replace(random_weights.make(evaluated=12), resize_kernel=kernel)
     pixels = noise(2)
     logits = onnx_files.load(onnx_files.export(weights))(pixels)
     np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """Compares augmentation with NumPy, Pillow and the definitions in the papers."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -447,6 +448,33 @@ def test_resize_is_antialiased_triangle_filter() -> None:
     expected = np.einsum("ih,jw,bhwc->bijc", weights, weights, images.astype(np.float64))
     np.testing.assert_allclose(actual, expected, atol=1e-3)
     assert augment.resize(images, 12) is images
+
+
+def test_lanczos_resize_matches_pillow() -> None:
+    images = images_of((2, 12, 12, 3))
+    actual = np.asarray(augment.resize(jnp.asarray(images), 8, "lanczos3"))
+    for n, channel in itertools.product(range(2), range(3)):
+        plane = PIL.Image.fromarray(images[n, :, :, channel].astype(np.float32))
+        expected = np.asarray(plane.resize((8, 8), PIL.Image.Resampling.LANCZOS))
+        np.testing.assert_allclose(actual[n, :, :, channel], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "lanczos3"])
+def test_training_images_are_resized_with_the_kernel(kernel: str) -> None:
+    images = images_of((2, 12, 12, 3))
+    actual, _ = augment.augment(
+        jax.random.key(0),
+        images,
+        np.arange(2, dtype=np.int32),
+        settings=settings_of(),
+        mean=MEAN,
+        std=STD,
+        num_classes=10,
+        size=8,
+        resize_kernel=kernel,
+    )
+    resized = augment.resize(jnp.asarray(images), 8, kernel)
+    np.testing.assert_allclose(actual, augment.normalize(resized, MEAN, STD), atol=1e-6)
 
 
 def test_batch_is_resized_before_mixing() -> None:

@@ -42,6 +42,7 @@ def example(**changes: object) -> Weights:
         image_size=64,
         eval_crop=0.875,
         eval_image_size=72,
+        resize_kernel="lanczos3",
         experiment="colors",
         dataset="image_folder",
         dataset_version="1.0.0",

@@ -242,6 +242,16 @@ def test_sam_rho_reaches_step(data_directory: pathlib.Path) -> None:
     assert not np.allclose(*(end.params["Dense_0"]["kernel"] for end in ends))
 
 
+def test_resize_kernel_reaches_step(data_directory: pathlib.Path) -> None:
+    losses = []
+    for kernel in ("linear", "lanczos3"):
+        this = build(data_directory, 1)
+        this.config.data.resize_kernel = kernel
+        _, output = step.make_train_step(this, 6)(state.create(this), batches(this, 1)[0])
+        losses.append(float(output.loss))
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
 def test_batch_not_divisible_into_microbatches_is_rejected(tmp_path: pathlib.Path) -> None:
     config = small.config(tmp_path)
     config.train.grad_accum_steps = 3
