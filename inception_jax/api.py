@@ -131,9 +131,10 @@ def assemble(
       DataError: if the data set cannot be prepared.
     """
     _use_settings(config)
-    config = copy.deepcopy(config)
+    given = _as_dataset(dataset)
+    config = copy.deepcopy(config) if given is None else run.config_for_dataset(config, given)
     run.check_settings(config)
-    return run.assemble(config, _as_dataset(dataset), model, optimizer, log=console.log)
+    return run.assemble(config, given, model, optimizer, log=console.log)
 
 
 def compile_for(
@@ -245,9 +246,10 @@ def evaluate(subject: Weights | Run, context: Config | TrainState, /) -> dict[st
         and whether to average mirror images; for a `Run`, its state, which stays valid.
 
     Returns:
-      count, loss (mean cross-entropy), top1 and, with more than five classes, top5 (percent). For
-      weights also checkpoint ("best", "last", "best and last", or "": neither or unknown), step
-      and epoch (None: unknown) and split.
+      count, loss (mean cross-entropy), top1 and, with more than five classes, top5 (percent); with
+      other configured evaluations, "evaluations" has the same of each by name. For weights also
+      checkpoint ("best", "last", "best and last", or "": neither or unknown), step and epoch (None:
+      unknown) and split.
 
     Raises:
       ConfigError: if the weights belong to another network or other classes.

@@ -187,6 +187,9 @@ def define_processes() -> Callable[[], dict[str, Any]]:
             "process_index", -1, "with --coordinator_address: index of this process"
         ),
     )
+    require_with("cluster", "distributed")
+    require_with("process_count", "coordinator_address")
+    require_with("process_index", "coordinator_address")
     return lambda: {holder.name: holder.value for holder in holders}
 
 

@@ -120,6 +120,9 @@ def _load_record(path: paths.Path, what: str, log: Callable[[str], None]) -> Con
         raise UserError(f"{what}: file not found") from error
     for note in record.notes:
         log(note)
+    if record.own:
+        objects = ", ".join(f"{kind} ({name})" for kind, name in record.own.items())
+        log(f"{path}: its run used objects passed by its program, not these settings: {objects}")
     import_parts(record.parts, str(path), log)
     return record.config
 

@@ -146,6 +146,29 @@ class DatasetPart(Part):
         """The number of classes; 0: determined by the source."""
         return self.classes or len(self.class_names)
 
+    def known_count(self, what: str, given: int) -> int:
+        """Returns a number that either the data set defines or the user gives.
+
+        Args:
+          what: "classes" or "examples" (of the training split).
+          given: what the user gave as --classes or --examples; 0: nothing.
+
+        Raises:
+          UserError: if neither of them defines it, or both do, differently.
+        """
+        if what == "classes":
+            known, meaning = self.num_classes, "classes"
+        else:
+            known, meaning = self.examples.get(self.train_split, 0), "training images"
+        if given and known and given != known:
+            raise UserError(f"{what} = {given}: {self.name} has {known:,}; leave it out")
+        if not given and not known:
+            raise UserError(
+                f"the number of {meaning} of {self.name} depends on its source; set --{what}=N "
+                f"(in Python, {what}=N)"
+            )
+        return given or known
+
     def source_problem(self, data: Any) -> str:
         """Returns an error message if a source is set but not accepted, or ''."""
         if not data.source or self.accepts_source:

@@ -288,6 +288,41 @@ def test_commands_report_missing_custom_objects(
     )
 
 
+def test_own_data_are_not_mistaken_for_the_configured_data(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
+    own, config = (images, [0, 1, 2] * 20), small.config(data_directory)
+    config.train.batch_size, config.train.duration = 16, "4 steps"
+    folder = tmp_path / "run"
+    inception_jax.train(config, folder, dataset=own)
+    weights = tmp_path / "own.safetensors"
+    save_weights(weights, inception_jax.load_weights(folder, "last"))
+    assert inception_jax.load_weights(weights).dataset == "arrays"
+    for arguments in (
+        ["tools.predict", f"--workdir={folder}", "--split=test"],
+        ["tools.export", f"--workdir={folder}", "--to=onnx", "--quantize=int8", "--output=x.onnx"],
+    ):
+        done = command.run(*arguments)
+        assert done.returncode == 2
+        assert "its data set is an object passed by a program" in done.stderr
+    capsys.readouterr()
+    inception_jax.load_config(folder / "config.json")
+    assert "not these settings: dataset (Dataset)" in capsys.readouterr().err
+
+    config.data.holdout = 6
+    with pytest.raises(ConfigError, match=r"config\.data\.holdout = 6: must be 0 with a data set"):
+        inception_jax.assemble(config, own)
+
+
+def test_own_data_determine_the_image_size(data_directory: pathlib.Path) -> None:
+    images = np.zeros((60, 8, 8, 3), np.uint8)
+    config = small.config(data_directory)
+    config.data.image_size, config.augment.crop, config.augment.pad = 64, "pad", 20
+    with pytest.raises(ConfigError, match=r"augment\.pad = 20: must be less than .*image_size = 8"):
+        inception_jax.assemble(config, (images, [0, 1, 2] * 20))
+
+
 def test_custom_loop_gives_the_same_state(
     data_directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -84,6 +84,8 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--platform=gpu"], "platform 'gpu': not available"),
         (["--platform=gpo"], "Did you mean gpu"),
         (["--coordinator_address=localhost:1"], "--process_count"),
+        (["--process_count=2"], "--process_count=2: requires --coordinator_address"),
+        (["--config.model.options.a.b=3"], "there is no mapping config.model.options.a"),
     ],
 )
 def test_usage_error_gives_one_message_and_exit_code_2(

@@ -58,6 +58,8 @@ def test_configs_do_not_share_groups() -> None:
         ("train.ema", "2.5 steps", "must be a whole number of steps"),
         ("log.every", "-2 steps", "must not be negative"),
         ("log.every", "1e999 epochs", "must be finite"),
+        ("log.every", "1e-7 epochs", "must be at least 1e-06 epochs"),
+        ("seed", 2**32, "must be at most 4294967295"),
         ("augment.pad", 64, "less than data.image_size = 64"),
         ("data.name", "tiny_imagnet", "Did you mean tiny_imagenet"),
         ("augment.crop", "inception", "set data.storage to 'records', or augment.crop to"),
@@ -161,11 +163,28 @@ def test_alternating_flips_need_flips() -> None:
         configs.validate(config)
 
 
-def test_rate_of_norm_biases_needs_batch_norm() -> None:
-    config = Config(optimizer=Optimizer(norm_bias_lr_ratio=64.0))
+@pytest.mark.parametrize(
+    ("path", "value", "off"),
+    [
+        ("optimizer.norm_bias_lr_ratio", 64.0, 1),
+        ("model.norm_group_size", 64, 0),
+        ("evaluation.norm_examples", 1000, 0),
+    ],
+)
+def test_settings_of_batch_norm_need_it(path: str, value: float, off: int) -> None:
+    config = Config()
+    configs.put(config, path, value)
     configs.validate(config)
     config.model.norm = "lrn"
-    with pytest.raises(ConfigError, match=r"norm_bias_lr_ratio = 64: must be 1 with .*'lrn'"):
+    with pytest.raises(ConfigError, match=rf"{path} = {value:g}: must be {off} with .*'lrn'"):
+        configs.validate(config)
+
+
+def test_evaluations_of_the_same_name_are_refused() -> None:
+    config = Config(evaluations={"flip": View(flip_tta=True)})
+    configs.validate(config)
+    config.evaluation.flip_tta = True
+    with pytest.raises(ConfigError, match=r"evaluation\.flip_tta = True: .* named 'flip'"):
         configs.validate(config)
 
 

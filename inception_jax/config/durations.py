@@ -7,6 +7,8 @@ import re
 from inception_jax.errors import ConfigError
 
 UNITS = ("epochs", "steps", "examples")
+# Timelines count in fractions of an epoch with denominators of at most a million.
+MIN_EPOCHS = 1e-6
 EXAMPLE = "'20 epochs', '500 steps' or '1e6 examples'"
 _PATTERN = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([a-zA-Z]+)")
 
@@ -59,6 +61,8 @@ def parse_duration(text: str) -> Duration | None:
         raise ConfigError("must not be negative")
     if amount == float("inf"):
         raise ConfigError("must be finite")
+    if unit == "epochs" and 0 < amount < MIN_EPOCHS:
+        raise ConfigError(f"must be at least {MIN_EPOCHS} epochs")
     if unit != "epochs":
         if amount != int(amount):
             raise ConfigError(f"must be a whole number of {unit}")

@@ -86,12 +86,18 @@ def put(config: Config, path: str, value: Any) -> None:
 
     Lists and dictionaries, as JSON stores tuples and groups, are converted back. A group inside a
     mapping is created when its first setting is set.
+
+    Raises:
+      ConfigError: if the mapping of an entry does not exist.
     """
     mapping, entry = mapping_of(path)
     if kind := entry_group(mapping):
         get(config, mapping).setdefault(entry.partition(".")[0], kind())
     parent, _, name = path.rpartition(".")
-    group = get(config, parent) if parent else config
+    try:
+        group = get(config, parent) if parent else config
+    except (KeyError, AttributeError) as error:
+        raise ConfigError(f"config.{path}: there is no mapping config.{parent}") from error
     if isinstance(value, Mapping) and (kind or entry_group(path)):
         if not kind:
             setattr(group, name, {})

@@ -98,7 +98,7 @@ def _allowed(metadata: Mapping[str, Any]) -> str:
     if metadata["choices"]:
         return ", ".join(map(str, metadata["choices"]))
     bounds = [
-        f"{sign} {metadata[bound]:g}" for bound, sign in _BOUNDS if metadata[bound] is not None
+        f"{sign} {metadata[bound]:.10g}" for bound, sign in _BOUNDS if metadata[bound] is not None
     ]
     return ", ".join([*([metadata["unit"]] if metadata["unit"] else []), *bounds])
 

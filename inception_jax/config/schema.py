@@ -649,7 +649,9 @@ class Config:
     """All settings of a run."""
 
     name: str = resumable("unnamed", "name of the experiment in logs and plots")
-    seed: int = setting(0, "seed of initialization, shuffling and augmentation", low=0)
+    seed: int = setting(
+        0, "seed of initialization, shuffling and augmentation", low=0, high=2**32 - 1
+    )
     data: Data = setting(Data(), "the data set, where it comes from and how it is stored")
     augment: Augment = setting(Augment(), "augmentation of training images")
     model: Model = setting(Model(), "the network")

@@ -46,7 +46,7 @@ def _problem(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
             ("below", lambda v, b: v >= b, "less than"),
         ):
             if metadata[bound] is not None and fails(number, metadata[bound]):
-                return f"must be {words} {metadata[bound]:g}"
+                return f"must be {words} {metadata[bound]:.10g}"
     return ""
 
 
@@ -162,16 +162,27 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"{' and '.join(known)} only, not for {optimizer!r}; set one (tools.find_lr suggests "
             "one)"
         )
-    if config.optimizer.norm_bias_lr_ratio != 1 and config.model.norm != "batch":
-        yield (
-            f"config.optimizer.norm_bias_lr_ratio = {config.optimizer.norm_bias_lr_ratio:g}: must "
-            f"be 1 with config.model.norm = {config.model.norm!r}, which has no BatchNorm"
-        )
+    for path, off in (
+        ("optimizer.norm_bias_lr_ratio", 1),
+        ("model.norm_group_size", 0),
+        ("evaluation.norm_examples", 0),
+    ):
+        if (value := get(config, path)) != off and config.model.norm != "batch":
+            yield (
+                f"config.{path} = {value:g}: must be {off} with config.model.norm = "
+                f"{config.model.norm!r}, which has no BatchNorm"
+            )
     if "top1" not in config.evaluation.metrics:
         yield (
             f"config.evaluation.metrics = {config.evaluation.metrics}: must contain 'top1', which "
             "selects the best checkpoint; add it"
         )
+    for name, short in (("flip", "flip_tta"), ("train_eval", "train_eval_examples")):
+        if name in config.evaluations and (value := get(config, f"evaluation.{short}")):
+            yield (
+                f"config.evaluation.{short} = {value}: defines an evaluation named {name!r}, as "
+                f"config.evaluations.{name} does; rename that one, or turn this off"
+            )
     for name, view in config.evaluations.items():
         if not re.fullmatch(r"[A-Za-z]\w*", name) or name == "train":
             yield (

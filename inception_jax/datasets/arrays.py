@@ -1,7 +1,7 @@
 """Validates arrays from users and builds in-memory splits for `Dataset.from_arrays`."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,20 @@ def as_pixel_array(images: Any, what: str) -> np.ndarray:
     return pixels
 
 
+def as_label_array(labels: Any, what: str) -> np.ndarray:
+    """Returns labels as an array.
+
+    Raises:
+      DataError: if they are not a sequence, or nested and of different lengths.
+    """
+    if not isinstance(labels, Sized) or isinstance(labels, str | bytes):
+        raise DataError(f"{what}: have type {type(labels).__name__}; must be an array or a list")
+    try:
+        return np.asarray(labels)
+    except ValueError as error:
+        raise DataError(f"{what}: {error}; must be integers of shape [N]") from error
+
+
 def check_labels(
     labels: Any, count: int, what: str, *, classes: int = 0, unknown: bool = False
 ) -> np.ndarray:
@@ -80,7 +94,7 @@ def check_labels(
     Raises:
       DataError: if type, number or range is wrong.
     """
-    array = np.asarray(labels)
+    array = as_label_array(labels, what)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         remedy = "; convert one-hot rows with labels.argmax(axis=1)" if array.ndim == 2 else ""
         raise DataError(

@@ -84,7 +84,13 @@ class Dataset:
 
         Raises:
           DataError: if an array has the wrong shape, dtype or length, or a label is out of range.
+          ConfigError: if another argument has an invalid value.
         """
+        for what, number in (("image_size", image_size), ("seed", seed)):
+            if number < 0:
+                raise ConfigError(f"{what} = {number}: must be at least 0")
+        if evaluation is not None and len(evaluation) != 2:
+            raise ConfigError(f"evaluation: must be (images, labels), got {len(evaluation)} values")
         pixels = arrays.as_pixel_array(images, "images")
         classes = len(arrays.check_class_names(class_names, "class_names")) if class_names else 0
         known = arrays.check_labels(labels, len(pixels), "labels", classes=classes)
@@ -298,10 +304,21 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
     train, eval_split = data.train_split or part.train_split, data.eval_split or part.eval_split
     train, part_of_train = splits.parse_slice(train, info["splits"], "train_split")
     mean, std = info.get("statistics", {}).get(train, (info["mean"], info["std"]))
+
+    def check_usable(name: str) -> None:
+        if not len(opened[name]) or opened[name].labels.min() < 0:
+            raise DataError(
+                f"{folder}: the split {name!r} is empty or contains unlabeled examples; use "
+                "another split for training or evaluation"
+            )
+
     full_split = opened[train]
     opened[train] = splits.take_range(full_split, part_of_train)
+    check_usable(train)
     if data.holdout:
-        held = splits.stratified_holdout(opened[train].labels, data.holdout)
+        held = splits.stratified_holdout(
+            opened[train].labels, data.holdout, len(info["class_names"])
+        )
         opened[HOLDOUT] = splits.subset(opened[train], np.flatnonzero(held))
         opened[train] = splits.subset(opened[train], np.flatnonzero(~held))
         evaluated = HOLDOUT
@@ -318,17 +335,12 @@ def _open(recipe: Recipe, info: Info) -> Dataset:
                 )
             evaluated, opened[HOLDOUT] = HOLDOUT, full_split
         opened[evaluated] = splits.take_range(opened[evaluated], part_of_it)
+    check_usable(evaluated)
     # Only evaluation splits are cropped; training uses its own crops.
     opened = {
         name: split if name == train else split.cropped(data.eval_crop_pct)
         for name, split in opened.items()
     }
-    for name in (train, evaluated):
-        if not len(opened[name]) or opened[name].labels.min() < 0:
-            raise DataError(
-                f"{folder}: the split {name!r} is empty or contains unlabeled examples; use "
-                "another split for training or evaluation"
-            )
     return Dataset(
         name=info["name"],
         version=info["version"],

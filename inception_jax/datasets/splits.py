@@ -85,8 +85,8 @@ class Split(abc.ABC):
         """
         if crop != 1:
             raise ConfigError(
-                f"crop = {crop:g}: cropping needs the original images; set "
-                "config.data.storage=records"
+                f"crop = {crop:g}: cropping needs the original images, which only a prepared data "
+                "set with config.data.storage=records has"
             )
         return self
 
@@ -102,8 +102,8 @@ class Split(abc.ABC):
           DataError: if a file is damaged; the message names it.
         """
         raise ConfigError(
-            "config.data.storage = 'decoded': config.augment.crop=inception needs the original "
-            "images; set config.data.storage=records, or config.augment.crop=resized"
+            "config.augment.crop = 'inception': needs the original images, which only a prepared "
+            "data set with config.data.storage=records has; or set config.augment.crop=resized"
         )
 
 
@@ -381,7 +381,7 @@ def mean_and_std(
     return mean / 255, np.sqrt((squares / count - mean**2).clip(0)) / 255
 
 
-def stratified_holdout(labels: np.ndarray, count: int) -> np.ndarray:
+def stratified_holdout(labels: np.ndarray, count: int, classes: int) -> np.ndarray:
     """Returns a mask of held-out examples, the same number of each class.
 
     Takes the first examples of each class in the order of the records, which is a fixed shuffle:
@@ -390,6 +390,7 @@ def stratified_holdout(labels: np.ndarray, count: int) -> np.ndarray:
     Args:
       labels: int32 [N], without unknown labels.
       count: number of held-out examples, a multiple of the number of classes.
+      classes: that number.
 
     Returns:
       bool [N] with `count` True values.
@@ -397,19 +398,18 @@ def stratified_holdout(labels: np.ndarray, count: int) -> np.ndarray:
     Raises:
       ConfigError: if `count` is not such a multiple, or too large.
     """
-    sizes = np.bincount(labels)
-    if count % len(sizes):
+    if count % classes:
         raise ConfigError(
             f"config.data.holdout = {count}: must be a multiple of the number of classes "
-            f"({len(sizes)}), such as {max(count // len(sizes), 1) * len(sizes)}"
+            f"({classes}), such as {max(count // classes, 1) * classes}"
         )
-    each = count // len(sizes)
-    if each >= sizes.min():
+    each, smallest = count // classes, np.bincount(labels, minlength=classes).min()
+    if each >= smallest:
         raise ConfigError(
             f"config.data.holdout = {count}: holds out {each} examples per class, but the "
-            f"smallest class has {sizes.min()} and must keep at least one"
+            f"smallest class has {smallest} and must keep at least one"
         )
     mask = np.zeros(len(labels), bool)
-    for label in range(len(sizes)):
+    for label in range(classes):
         mask[np.flatnonzero(labels == label)[:each]] = True
     return mask

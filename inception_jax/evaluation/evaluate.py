@@ -313,12 +313,12 @@ def _shifted(images: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def _split_for_view(run: Run, name: str, view: View) -> Split:
-    """Returns the examples of an evaluation; raises a ConfigError if its split does not exist."""
+    """Returns the examples of an evaluation; raises a ConfigError if they are not available."""
     crop = view.crop or run.config.data.eval_crop_pct
     try:
         return run.dataset.view(view.split, crop=crop, examples=view.examples or None)
     except ConfigError as error:
-        raise ConfigError(f"config.evaluations.{name}.split = {view.split!r}: {error}") from error
+        raise ConfigError(f"the evaluation {name!r} of split {view.split!r}: {error}") from error
 
 
 def summary(results: Mapping[str, EvalResult]) -> dict[str, Any]:

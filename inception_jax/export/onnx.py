@@ -23,20 +23,26 @@ def export(weights: Weights) -> bytes:
     """Returns a network as an ONNX file, described by `export_metadata` under `METADATA_KEY`.
 
     Raises:
-      UserError: if the required packages are not installed.
+      UserError: if the required packages are not installed, or the network has an operation that
+        cannot be converted.
     """
     with require_onnx():
         import onnx
-    model = onnx_graph.convert(
-        images_to_logits(weights),
-        name=weights.model.name,
-        size=weights.image_size,
-        resized=weights.eval_image_size or weights.image_size,
-        resize_kernel=weights.resize_kernel,
-        mean=weights.mean,
-        std=weights.std,
-        names=(INPUT, OUTPUT),
-    )
+    try:
+        model = onnx_graph.convert(
+            images_to_logits(weights),
+            name=weights.model.name,
+            size=weights.image_size,
+            resized=weights.eval_image_size or weights.image_size,
+            resize_kernel=weights.resize_kernel,
+            mean=weights.mean,
+            std=weights.std,
+            names=(INPUT, OUTPUT),
+        )
+    except NotImplementedError as error:
+        raise UserError(
+            f"{weights.model.name}: {error}; StableHLO (--to=stablehlo) has no such limit"
+        ) from error
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(export_metadata(weights))})
     return model.SerializeToString()
 

@@ -1,9 +1,9 @@
 """Converts the forward pass of a network to an ONNX graph.
 
-Supports the few operations that these networks consist of. jax2onnx 0.17.1, which supports many
-more, was tried: its orbax-export requires an older Orbax than this package, its patched operations
-reject the modules' branches and resizing under a free batch size, and its general max pool has four
-axes, which ONNX Runtime does not support.
+Supports the operations that convolutional networks usually consist of. jax2onnx 0.17.1, which
+supports many more, was tried: its orbax-export requires an older Orbax than this package, its
+patched operations reject the modules' branches and resizing under a free batch size, and its
+general max pool has four axes, which ONNX Runtime does not support.
 
 Images stay channels-first, as ONNX requires, so nothing is transposed between layers. The program
 is traced for one image; none of its operations depends on the batch size.
@@ -22,7 +22,25 @@ from inception_jax.models import introspect
 
 # Old enough for most runtimes; opset 17 belongs to IR version 8.
 _OPSET, _IR_VERSION = 17, 8
-_BINARY_OPS = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow"}
+_UNARY_OPS = {
+    "abs": "Abs",
+    "erf": "Erf",
+    "exp": "Exp",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "neg": "Neg",
+    "sqrt": "Sqrt",
+    "tanh": "Tanh",
+}
+_BINARY_OPS = {
+    "add": "Add",
+    "sub": "Sub",
+    "mul": "Mul",
+    "div": "Div",
+    "max": "Max",
+    "min": "Min",
+    "pow": "Pow",
+}
 # Operations of BatchNorm on its statistics and parameters.
 _CONSTANT_OPS: dict[str, Callable[..., Any]] = {
     "add": np.add,
@@ -159,10 +177,25 @@ class _Graph:
         x = inputs[0]
         if all(isinstance(given, np.ndarray) for given in inputs):
             return _evaluate_constant(equation, list(map(np.asarray, inputs)))
+        if primitive in _UNARY_OPS:
+            return self.add(_UNARY_OPS[primitive], x)
         if primitive in _BINARY_OPS:
             return self._binary(primitive, inputs)
+        if primitive == "integer_pow":
+            return self.add("Pow", x, np.array(params["y"], np.float32))
+        if primitive == "erfc":
+            return self.add("Sub", np.array(1, np.float32), self.add("Erf", x))
+        if primitive == "square":
+            return self.add("Mul", x, x)
+        image = equation.invars[0].aval
+        if primitive == "reshape" and image.ndim == 4 and params["new_sizes"] == (1, image.size):
+            # Flattens: 0 keeps the number of images.
+            x = self.add("Transpose", x, perm=[0, 2, 3, 1])
+            return self.add("Reshape", x, np.array([0, -1], np.int64))
         if primitive == "convert_element_type" and params["new_dtype"] == jnp.float32:
             return x  # Everything is computed in float32.
+        if primitive == "copy":
+            return x
         if primitive == "concatenate":
             return self.add("Concat", *inputs, axis=_NCHW_AXES[params["dimension"]])
         if primitive == "reduce_sum":
@@ -170,10 +203,16 @@ class _Graph:
             return self.add("ReduceSum", x, axes, keepdims=0)
         if primitive == "dot_general" and params["dimension_numbers"] == (((1,), (0,)), ((), ())):
             return self.add("MatMul", *inputs)
-        if primitive == "conv_general_dilated":
-            kernel = np.asarray(inputs[1]).transpose(3, 2, 0, 1)
-            strides = list(params["window_strides"])
-            return self.add("Conv", x, kernel, strides=strides, pads=_pads(params["padding"]))
+        if primitive == "conv_general_dilated" and set(params["lhs_dilation"]) == {1}:
+            return self.add(
+                "Conv",
+                x,
+                np.asarray(inputs[1]).transpose(3, 2, 0, 1),
+                strides=list(params["window_strides"]),
+                pads=_pads(params["padding"]),
+                dilations=list(params["rhs_dilation"]),
+                group=params["feature_group_count"],
+            )
         if primitive.startswith("reduce_window_") and params["window_dimensions"][3] == 1:
             pool = {
                 "kernel_shape": list(params["window_dimensions"][1:3]),
@@ -186,7 +225,7 @@ class _Graph:
             return self.add("Mul", mean, np.array(np.prod(pool["kernel_shape"]), np.float32))
         if primitive == "reduce_window_sum" and params["window_dimensions"][:3] == (1, 1, 1):
             return self._channel_sum(x, equation)
-        raise NotImplementedError(f"{primitive} {params}: cannot be converted to ONNX")
+        raise NotImplementedError(f"the operation {primitive} cannot be converted to ONNX")
 
     def _binary(self, primitive: str, inputs: Sequence[Value]) -> str:
         """Adds an elementwise operation, with constants made channels-first."""
@@ -232,7 +271,7 @@ def _evaluate_constant(equation: Any, values: Sequence[np.ndarray]) -> np.ndarra
         return value
     if primitive in _CONSTANT_OPS:
         return np.asarray(_CONSTANT_OPS[primitive](*values), np.float32)
-    raise NotImplementedError(f"{primitive} {params} of constants: cannot be converted to ONNX")
+    raise NotImplementedError(f"the operation {primitive} of constants cannot be converted to ONNX")
 
 
 def _pads(paddings: Sequence[tuple[int, int]]) -> list[int]:

@@ -15,8 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
+from inception_jax.errors import ConfigError
 from inception_jax.models import introspect, protocol
 
 # A module's path in the network: ("inception_3a", "conv_3x3").
@@ -141,12 +142,14 @@ class Structure:
       layers: in order of computation.
       outputs: indices of the layers that compute the logits, then those of auxiliary heads.
       module_classes: the name of each module's class, by slash-separated path.
+      other_parameters: number of parameters of no layer, such as those of a BatchNorm on its own.
     """
 
     image: Shape
     layers: tuple[Layer, ...]
     outputs: tuple[int, ...]
     module_classes: Mapping[str, str]
+    other_parameters: int
 
     def blocks(self) -> list[Block]:
         """Returns the network's blocks in order of computation."""
@@ -201,7 +204,7 @@ def analyze(network: nn.Module, image_size: int) -> Structure:
       image_size: height and width of its images, pixels.
 
     Raises:
-      ConfigError: if the images are too small for the network.
+      ConfigError: if the images are too small for the network, or its operations are not supported.
     """
     network = protocol.with_plain_ops(network)
     image = (image_size, image_size, 3)
@@ -237,6 +240,8 @@ def analyze(network: nn.Module, image_size: int) -> Structure:
         layers=tuple(collector.layers),
         outputs=tuple(outputs),
         module_classes={"/".join(path): type(module).__name__ for path, module in modules.items()},
+        other_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+        - sum(layer.parameters for layer in collector.layers),
     )
 
 
@@ -279,13 +284,21 @@ class _LayerCollector:
         self._of_module: dict[Path, int] = {}
 
     def collect(self) -> list[int]:
-        """Fills `layers` and returns the indices of those that compute the program's outputs."""
+        """Fills `layers` and returns the indices of those that compute the program's outputs.
+
+        Raises:
+          ConfigError: if the program has operations that are not supported.
+        """
         inputs: list[_TracedArray | None] = [None] * len(self._program.invars)
         inputs[0] = _TracedArray(None, 1, 1)
         outputs = []
         values = self._walk(self._program, inputs, ())
         for value in values:
-            assert value is not None and value.source is not None
+            if value is None or value.source is None:
+                raise ConfigError(
+                    "the network's layers cannot be listed: no convolution, pooling or product "
+                    "computes its output"
+                )
             outputs.append(value.source)
         return outputs
 
@@ -331,6 +344,12 @@ class _LayerCollector:
             if (inner := introspect.called_jaxpr(equation)) is not None:
                 results = self._walk(inner, given, path)
             elif any(given):
+                for inner in jaxprs_in_params(equation.params):
+                    if next(self._paths(inner), None) is not None:
+                        raise ConfigError(
+                            "the network's layers cannot be listed: some are inside the operation "
+                            f"{equation.primitive.name}"
+                        )
                 results = [self._operation(equation, given, path)] * len(equation.outvars)
             else:
                 results = [None] * len(equation.outvars)

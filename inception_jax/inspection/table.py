@@ -110,14 +110,18 @@ class Table(NamedTuple):
 def make_table(structure: Structure) -> Table:
     """Returns the table of a network, compared with the paper's if it has all of its blocks.
 
-    The last lines are the totals without auxiliary heads and, if the network has them, with them.
+    The last lines are the parameters of no block, if there are any, the totals without auxiliary
+    heads and, if the network has them, with them.
     """
     blocks = structure.blocks()
     lines = [_line(block) for block in blocks]
     needed = [block for block in blocks if not block.is_auxiliary]
-    lines.append(_sums("total", needed))
+    others = structure.other_parameters
+    if others:
+        lines.append(["others", None, None, others, None, None, None])
+    lines.append(_sums("total", needed, others))
     if len(needed) < len(blocks):
-        lines.append(_sums("with auxiliary heads", blocks))
+        lines.append(_sums("with auxiliary heads", blocks, others))
     if not matches_paper(structure):
         return Table(_HEAD, lines)
     paper_cells = _paper_cells(blocks)
@@ -166,8 +170,8 @@ def _line(block: Block) -> list[Cell]:
     ]
 
 
-def _sums(name: str, blocks: Sequence[Block]) -> list[Cell]:
-    parameters = sum(block.parameters for block in blocks)
+def _sums(name: str, blocks: Sequence[Block], others: int) -> list[Cell]:
+    parameters = others + sum(block.parameters for block in blocks)
     multiply_adds = sum(block.multiply_adds for block in blocks)
     return [name, None, None, parameters, multiply_adds, None, None]
 

@@ -274,7 +274,16 @@ def unflatten(leaves: Mapping[str, Any]) -> Variables:
 
 
 # Fields of `Weights` that a file stores in another form or not at all; it stores the others as is.
-_CONVERTED_FIELDS = {"variables", "model", "class_names", "mean", "std", "metrics", "origin"}
+_CONVERTED_FIELDS = {
+    "variables",
+    "model",
+    "module",
+    "class_names",
+    "mean",
+    "std",
+    "metrics",
+    "origin",
+}
 _VERBATIM_FIELDS = [
     field.name for field in dataclasses.fields(Weights) if field.name not in _CONVERTED_FIELDS
 ]

@@ -145,18 +145,13 @@ def abstract_dataset(config: Config, *, classes: int = 0, examples: int = 0) -> 
       UserError: if a number is neither defined nor given, or given and defined otherwise.
     """
     data, part = config.data, DATASETS.get(config.data.name)
-    for given, defined, what, meaning in (
-        (classes, part.num_classes, "classes", "classes"),
-        (examples, part.examples.get(part.train_split, 0), "examples", "training images"),
-    ):
-        if given and defined and given != defined:
-            raise UserError(f"{what} = {given}: {part.name} has {defined:,}; leave it out")
-        if not given and not defined:
-            raise UserError(
-                f"the number of {meaning} of {part.name} depends on its source; set --{what}=N (in "
-                f"Python, {what}=N)"
-            )
-    train = (examples or part.examples[part.train_split]) - data.holdout
+    classes, examples = part.known_count("classes", classes), part.known_count("examples", examples)
+    train = examples - data.holdout
+    if train < 1:
+        raise UserError(
+            f"config.data.holdout = {data.holdout}: must be less than the number of training "
+            f"images, {examples:,}"
+        )
     # An evaluation of unknown size is compiled for a full batch.
     evaluated = data.holdout or part.examples.get(part.eval_split, config.evaluation.batch_size)
     eval_split = HOLDOUT if data.holdout else data.eval_split or part.eval_split or "validation"
@@ -171,7 +166,7 @@ def abstract_dataset(config: Config, *, classes: int = 0, examples: int = 0) -> 
         name=part.name,
         version=part.version,
         image_size=data.image_size,
-        class_names=tuple(part.class_names) or arrays.numbered_names(classes or part.num_classes),
+        class_names=tuple(part.class_names) or arrays.numbered_names(classes),
         # Constants of the program, whose values change nothing else.
         mean=np.array(part.mean or (0.5, 0.5, 0.5), np.float32),
         std=np.array(part.std or (0.25, 0.25, 0.25), np.float32),

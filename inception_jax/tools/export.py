@@ -173,7 +173,7 @@ def _open_dataset(weights: "Weights") -> "Dataset":
     folder = _TRAINED.workdir.value
     before = None
     if folder is not None:
-        before = workdir.load_previous_run(load.open_workdir(folder)).record
+        before = workdir.require_record(load.open_workdir(folder), needs_data=True)
     for problem in configs.validate(given, recorded=before.config if before else None):
         console.log(problem)
     prepared = dataset.prepare(given.data, log=console.log)

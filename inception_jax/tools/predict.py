@@ -203,7 +203,8 @@ def _data_settings(weights: "Weights") -> "Data":
     from inception_jax.training import workdir
 
     if _TRAINED.workdir.value is not None:
-        data = workdir.require_record(load.open_workdir(_TRAINED.workdir.value)).config.data
+        folder = load.open_workdir(_TRAINED.workdir.value)
+        data = workdir.require_record(folder, needs_data=True).config.data
     elif weights.dataset:
         data = Data(
             name=weights.dataset,

@@ -56,6 +56,7 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.inspection import drawing, structure
     from inception_jax.inspection.table import make_table
     from inception_jax.models import networks
+    from inception_jax.registry import DATASETS
     from inception_jax.runtime import devices
     from inception_jax.storage import access
 
@@ -69,7 +70,8 @@ def main(positional: Sequence[str]) -> None:
     devices.initialize(platform="cpu", log=console.log)
     if given is not None:
         configs.validate(given)
-        weights, classes = None, _num_classes(given.data.name)
+        weights = None
+        classes = DATASETS.get(given.data.name).known_count("classes", _CLASSES.value or 0)
         name, size = given.model.name, given.data.image_size
         network = networks.create(given.model, classes, rewrite="")
     else:
@@ -88,18 +90,6 @@ def main(positional: Sequence[str]) -> None:
         written += _draw_weights(folder, weights, analyzed, image)
     for path in written:
         print(path)
-
-
-def _num_classes(name: str) -> int:
-    """Returns the number of classes of a data set."""
-    from inception_jax.errors import UserError
-    from inception_jax.registry import DATASETS
-
-    part = DATASETS.get(name)
-    classes = _CLASSES.value or part.num_classes
-    if not classes:
-        raise UserError(f"the number of classes of {name} depends on its source; set --classes=N")
-    return classes
 
 
 def _draw_weights(

@@ -235,6 +235,11 @@ class TrainMetrics:
     first_nonfinite_step: FirstStep
     scale: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no step, or every step was skipped."""
+        return not self.averages["loss"].count
+
     @classmethod
     def empty(cls, scale: Mapping[str, int]) -> Self:
         """Returns the metrics for zero steps.

@@ -135,6 +135,8 @@ class Reporter:
         with self.clock.phase("train"):
             jax.block_until_ready(metrics)
         self.check_finite(step, metrics)
+        if metrics.is_empty:
+            return
         values = metrics.compute()
         rate = self._learning_rate(step)
         self._write(step, "train", {**values, **rate, **timing})

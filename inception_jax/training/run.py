@@ -125,9 +125,14 @@ def config_for_dataset(config: Config, dataset: Dataset) -> Config:
     """Returns the settings with the image size of a data set passed by the caller.
 
     Raises:
-      ConfigError: if `dataset` is not a Dataset.
+      ConfigError: if `dataset` is not a Dataset, or examples are to be held out of it.
     """
     _check_kind("dataset", dataset, Dataset, "an inception_jax.datasets.dataset.Dataset")
+    if config.data.holdout:
+        raise ConfigError(
+            f"config.data.holdout = {config.data.holdout}: must be 0 with a data set that is "
+            "passed in, which already has a split to evaluate on"
+        )
     config = copy.deepcopy(config)
     config.data.image_size = dataset.image_size
     return config
@@ -188,13 +193,18 @@ def assemble(
     augment.check(config.augment, dataset.image_size)
     timeline = Timeline(config.train.batch_size, len(dataset.train))
     total_steps = timeline.steps(config.train.duration)
+    begins = zip(config.train.image_size_boundaries, config.train.image_sizes[1:], strict=True)
+    if unused := [size for begin, size in begins if timeline.steps(begin) >= total_steps]:
+        sizes = " and ".join(map(str, unused))
+        log(f"config.train.image_sizes: the run ends before its boundary to {sizes} px")
     schedule = schedules.make_schedule(config.schedule, timeline=timeline, total_steps=total_steps)
     applies_schedule = optimizer is None
     if optimizer is None:
         optimizer = optimizers.make_optimizer(config.optimizer, schedule, network)
     else:
         log(
-            "optimizer: using the object passed in; config.optimizer and config.schedule are unused"
+            "optimizer: using the object passed in; config.schedule and, except sam_rho, "
+            "config.optimizer are unused"
         )
         _check_kind(
             "optimizer",

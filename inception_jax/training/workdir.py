@@ -96,7 +96,9 @@ def load_record(workdir: Workdir) -> Record | None:
     return record
 
 
-def require_record(workdir: Workdir, *, has_model: bool = False) -> Record:
+def require_record(
+    workdir: Workdir, *, has_model: bool = False, needs_data: bool = False
+) -> Record:
     """Registers the parts that a run uses and returns the contents of its config.json.
 
     Logs which files are executed for that.
@@ -104,10 +106,11 @@ def require_record(workdir: Workdir, *, has_model: bool = False) -> Record:
     Args:
       workdir: the run's workdir.
       has_model: whether the caller provides the network, for runs whose network is a Python object.
+      needs_data: whether the caller needs the settings of the data set.
 
     Raises:
       CheckpointError: if there is no run, its record is not readable or written by an older
-        version, or its network is not available.
+        version, or its network or data set is not available.
     """
     record = load_record(workdir)
     if record is None:
@@ -123,6 +126,11 @@ def require_record(workdir: Workdir, *, has_model: bool = False) -> Record:
             f"--workdir={workdir}: its network is an object passed by a program ({network}). "
             "Load it in that program with inception_jax.load_weights(PATH, model=…). To use "
             "commands, register it with inception_jax.register_model and train by its name"
+        )
+    if needs_data and "dataset" in record.own:
+        raise CheckpointError(
+            f"--workdir={workdir}: its data set is an object passed by a program. To use this "
+            "command, register it with inception_jax.register_dataset and train by its name"
         )
     import_parts(record.parts, str(workdir.location_of(workdir.config)), console.log_once)
     return record
@@ -265,9 +273,37 @@ def restore_overrides(
                 configs.put(config, path, value)
                 own[path] = configs.plain(here)
                 restored.append(f"config.{path} = {value!r}")
+            elif path in given and configs.is_mapping(path):
+                entries = _kept_entries(path, value, origin["own"][path], here, own[path])
+                for entry, kept in entries.items():
+                    configs.put(config, f"{path}.{entry}", kept)
+                    restored.append(f"config.{path}.{entry} = {kept!r}")
     if restored:
         log(f"kept from this run's start, as not on this command line: {', '.join(restored)}")
     return {**experiment, "own": own}
+
+
+def _kept_entries(
+    path: str, recorded: Any, recorded_own: Any, here: Any, own: Any
+) -> dict[str, Any]:
+    """Returns the entries of a mapping that earlier starts set and this one does not.
+
+    Args:
+      path: of the setting.
+      recorded, here: its value in the record and in this start.
+      recorded_own, own: the experiment's value of it, then and now.
+    """
+    group = configs.entry_group(path)
+    default = {name: configs.plain(group()) for name in (*recorded, *here)} if group else {}
+    old, old_own, new, new_own = (
+        configs.flatten(default | configs.plain(each))
+        for each in (recorded, recorded_own, here, own)
+    )
+    return {
+        entry: value
+        for entry, value in old.items()
+        if value != old_own.get(entry) and new.get(entry) == new_own.get(entry) != value
+    }
 
 
 def _resolved(file: str) -> paths.Path:

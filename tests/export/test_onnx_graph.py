@@ -46,6 +46,13 @@ def to_seven_channels(x: jax.Array) -> jax.Array:
     return ops.conv(x, jnp.asarray(kernel), stride=2, paddings=((1, 0), (2, 1)))
 
 
+def convolved(**options: Any) -> Callable[[jax.Array], jax.Array]:
+    """Returns a Flax convolution of three to six channels."""
+    layer = nn.Conv(6, (3, 3), **options)
+    variables = layer.init(jax.random.key(4), jnp.zeros((1, SIZE, SIZE, 3)))
+    return lambda x: jnp.asarray(layer.apply(variables, x))
+
+
 @pytest.mark.parametrize(
     "operation",
     [
@@ -61,6 +68,13 @@ def to_seven_channels(x: jax.Array) -> jax.Array:
             [to_seven_channels(x), jax.nn.relu(to_seven_channels(x))], axis=-1
         ),
         lambda x: x * x - x / 3,
+        convolved(feature_group_count=3),
+        convolved(kernel_dilation=2),
+        nn.gelu,
+        lambda x: nn.gelu(x, approximate=False),
+        nn.silu,
+        nn.relu6,
+        lambda x: jnp.log(jnp.exp(-jnp.abs(x)) + jnp.sqrt(jnp.square(x))),
     ],
     ids=[
         "pool",
@@ -73,6 +87,13 @@ def to_seven_channels(x: jax.Array) -> jax.Array:
         "lrn",
         "branches",
         "arithmetic",
+        "depthwise",
+        "dilated",
+        "gelu",
+        "exact gelu",
+        "silu",
+        "relu6",
+        "functions",
     ],
 )
 def test_operation_matches_jax(operation: Callable[[jax.Array], jax.Array]) -> None:
@@ -99,6 +120,29 @@ def test_operation_matches_jax(operation: Callable[[jax.Array], jax.Array]) -> N
     (outputs,) = session.run(["y"], {"x": pixels})
     # Sums of hundreds of terms may nearly cancel.
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_flattening_keeps_the_order_of_pixels() -> None:
+    matrix = np.random.default_rng(5).normal(size=(SIZE * SIZE * 3, 4)).astype(np.float32)
+
+    def network(x: jax.Array) -> jax.Array:
+        return nn.relu(x.reshape(len(x), -1)) @ matrix
+
+    model = onnx_graph.convert(
+        network,
+        name="one",
+        size=SIZE,
+        resized=SIZE,
+        resize_kernel="linear",
+        mean=np.full(3, 0.5, np.float32),
+        std=np.ones(3, np.float32),
+        names=("x", "y"),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (outputs,) = session.run(["y"], {"x": pixels})
+    expected = network((pixels / 255 - 0.5).astype(np.float32))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_unsupported_operation_is_named() -> None:

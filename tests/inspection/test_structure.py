@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,8 @@ from flax import traverse_util
 
 from inception_jax.config import Model
 from inception_jax.errors import ConfigError
-from inception_jax.inspection import structure
-from inception_jax.models import networks
+from inception_jax.inspection import structure, table
+from inception_jax.models import networks, protocol
 from tests import small
 from tests.small import Linear
 
@@ -216,6 +217,49 @@ def test_custom_network_is_analyzed() -> None:
     assert (layer.name, layer.kind, layer.shape) == ("classifier", "linear", (10,))
     assert layer.multiply_adds == 8 * 8 * 3 * 10
     assert layer.inputs == [structure.Edge(None, (8 * 8 * 3,))]
+
+
+def test_parameters_of_no_layer_are_counted() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            x = nn.BatchNorm(not train)(nn.Conv(4, (3, 3), use_bias=False)(x))
+            return nn.Dense(10)(x.mean((1, 2)))
+
+    analyzed = structure.analyze(protocol.adapt(Net(), name="net", place=""), 8)
+    assert analyzed.other_parameters == 2 * 4
+    others, total = table.make_table(analyzed).lines[-2:]
+    assert (others[0], others[3]) == ("others", 8)
+    assert (total[0], total[3]) == ("total", 9 * 3 * 4 + 8 + 4 * 10 + 10)
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return nn.Conv(3, (3, 3))(x), None
+
+
+class Repeated(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        steps = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = steps()(x, None)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Scaled(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.reshape(len(x), -1) * self.param("scale", nn.initializers.ones, (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [(Repeated(), "inside the operation scan"), (Scaled(), "no convolution, pooling or product")],
+)
+def test_network_whose_layers_cannot_be_listed_is_refused(network: nn.Module, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        structure.analyze(protocol.adapt(network, name="net", place=""), 8)
 
 
 def test_too_small_image_is_rejected() -> None:

@@ -60,6 +60,8 @@ def test_sizes_that_depend_on_the_source_must_be_given() -> None:
 def test_a_size_that_contradicts_the_data_set_is_refused() -> None:
     with pytest.raises(UserError, match="classes = 10: tiny_imagenet has 200; leave it out"):
         programs.abstract_dataset(Config(data=Data(name="tiny_imagenet")), classes=10)
+    with pytest.raises(UserError, match=r"holdout = 5000: must be less than .* images, 1,437"):
+        programs.abstract_dataset(Config(data=Data(name="digits", holdout=5000)))
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -78,6 +78,7 @@ def test_first_layer_of_a_network_without_modules_is_drawn(tmp_path: pathlib.Pat
             ["tools.summarize", "--config=experiments/imagenet.py", "--config.data.image_size=8"],
             "must be at least 31 x 31 px",
         ),
+        ([*DIGITS, "--classes=5"], "classes = 5: digits has 10; leave it out"),
         ([*DIGITS, "--layer=conv1"], "--layer=conv1: requires --image"),
         (["tools.summarize", "--weights=x", "--classes=3"], "--classes=3: requires --config"),
         ([*DIGITS, "--output=/proc/no"], "--output=/proc/no: cannot be written to"),

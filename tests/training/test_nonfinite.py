@@ -208,6 +208,14 @@ def test_too_many_skipped_steps_stop_run_even_after_resume(
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] is None
 
 
+def test_interval_of_skipped_steps_has_no_metrics(build: Build, tmp_path: pathlib.Path) -> None:
+    this = build(5)
+    this.config.log.every = "1 step"
+    rows = [line for line in train(this, tmp_path) if line["split"] == "train"]
+    assert [row["step"] for row in rows] == [n for n in range(1, 13) if n != 5]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
 def test_streak_that_reached_limit_is_kept() -> None:
     """The next report may come much later."""
     current = state.TrainState(

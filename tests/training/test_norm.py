@@ -74,15 +74,16 @@ def test_statistics_are_mean_over_training_batches(
 
 def test_statistics_use_evaluation_image_size(data_directory: pathlib.Path) -> None:
     estimates = []
-    for size in (0, 16, 0):
+    for size, kernel in ((0, "linear"), (16, "linear"), (16, "lanczos3"), (0, "lanczos3")):
         config = settings(data_directory, examples=64)
-        config.evaluation.image_size = size
+        config.evaluation.image_size, config.data.resize_kernel = size, kernel
         this = small.build(config)
         estimate = norm.NormEstimator(this)
         estimates.append(estimate(state.create(this)).eval_variables()["batch_stats"])
-    first, larger, again = (each["conv1"]["norm"]["var"] for each in estimates)
+    first, larger, sharper, again = (each["conv1"]["norm"]["var"] for each in estimates)
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, larger, rtol=1e-3)
+    assert not np.allclose(larger, sharper, rtol=1e-3)
 
 
 def test_statistics_are_kept_if_disabled_or_without_batchnorm(

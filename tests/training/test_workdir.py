@@ -257,6 +257,37 @@ def test_given_setting_wins_even_if_it_is_the_default(tmp_path: pathlib.Path) ->
         workdirs.check_compatible(workdirs.load_previous_run(folder), config)
 
 
+def test_entries_of_mappings_are_restored_one_by_one(tmp_path: pathlib.Path) -> None:
+    started = Config()
+    configs.put(started, "evaluations.a.flip_tta", True)
+    configs.put(started, "evaluations.a.examples", 50)
+    configs.put(started, "augment.options.strength", 0.3)
+    folder = start_run(tmp_path, started)
+    workdirs.record_start(
+        workdirs.load_previous_run(folder),
+        started,
+        step=0,
+        changed=[],
+        dataset=DATASET,
+        experiment={"file": "a.py", "own": {"evaluations": {}, "augment.options": {}}},
+    )
+    config = Config()
+    given = {
+        "evaluations": {"a": {"examples": 70}, "b": {"shift_tta": 2}},
+        "augment.options": {"angle": 9},
+    }
+    _, log = restore_overrides(folder, config, "a.py", given)
+    assert config.evaluations == {
+        "a": configs.View(flip_tta=True, examples=70),
+        "b": configs.View(shift_tta=2),
+    }
+    assert config.augment.options == {"strength": 0.3, "angle": 9}
+    assert log == [
+        "kept from this run's start, as not on this command line: "
+        "config.augment.options.strength = 0.3, config.evaluations.a.flip_tta = True"
+    ]
+
+
 def test_overrides_are_restored_only_for_same_experiment(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     other = Config(seed=3)

@@ -158,15 +158,18 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             raise DataError(
                 f"{what}, images: have type {type(images).__name__}; must be an array or a list"
             )
+        labels = arrays.as_label_array(value[1], f"{what}, labels")
         for part in value[1:]:
+            if not isinstance(part, Sized):
+                raise DataError(
+                    f"{what}, names: have type {type(part).__name__}; must be an array or a list"
+                )
             if len(part) != len(images):
                 raise DataError(
                     f"{what}: {len(part):,} {'labels' if part is value[1] else 'names'} for "
                     f"{len(images):,} images; must be one per image"
                 )
-        return _ReturnedSplit(
-            split, zip(images, *value[1:], strict=True), len(images), np.asarray(value[1])
-        )
+        return _ReturnedSplit(split, zip(images, *value[1:], strict=True), len(images), labels)
 
     def _class_names(self, names: Any) -> tuple[str, ...]:
         if names is None or not isinstance(names, Sized) or len(names):

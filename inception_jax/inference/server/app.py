@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -63,6 +63,8 @@ def create_app(service: PredictionService) -> Starlette:
             settings = _parse_query(request.query_params)
             data = await _read_body(request, service.limits)
             answer = await run_in_threadpool(service.classify, data, **settings)
+        except ClientDisconnect:
+            return Response(status_code=400)  # Nobody reads it.
         except TooLargeError as error:
             return _error_response(413, str(error))
         except UserError as error:

@@ -21,6 +21,7 @@ LABELS = np.arange(30) % 3
 
 @pytest.fixture
 def register() -> Iterator[Callable[..., Any]]:
+    registry.DATASETS.names()  # Loads the built-in ones.
     before = dict(registry.DATASETS._parts)
     yield registry.register_dataset
     registry.DATASETS._parts.clear()
@@ -191,6 +192,9 @@ PAIR = (COLOR, LABELS)
         ({"train": PAIR, "test": (COLOR,)}, r"'test': is a tuple of length 1; must be \(images, l"),
         ({"train": PAIR, "test": (COLOR, LABELS[:7])}, r"'test': 7 labels for 30 images"),
         ({"train": PAIR, "test": (*PAIR, ["a"])}, r"'test': 1 names for 30 images"),
+        ({"train": PAIR, "test": (*PAIR, iter("a"))}, r"'test', names: have type str_.*iterator"),
+        ({"train": PAIR, "test": (COLOR, iter([0]))}, r"'test', labels: have type list_iterator"),
+        ({"train": PAIR, "test": (COLOR, [[0], [0, 1]])}, r"'test', labels: .*inhomogeneous"),
         ({"train": PAIR, "test": (b"x", LABELS)}, r"images: have type bytes; must be an array"),
         ({"train": (COLOR / 255, LABELS), "test": PAIR}, r"'train', images: has dtype float64"),
         ({"train": (COLOR, LABELS / 1), "test": PAIR}, r"'train', labels: have dtype float64"),
@@ -245,6 +249,18 @@ def test_invalid_return_value_is_refused(
         prepare(data(tmp_path), log=quiet)
     assert not list(tmp_path.glob("mine/*"))
     assert not list(tmp_path.glob("inception_jax/*px*"))
+
+
+def test_holdout_of_unlabeled_examples_is_refused(tmp_path: pathlib.Path, register: Any) -> None:
+    @register("mine")
+    def mine(settings: Data) -> Any:
+        labels = [-1, 0, 1, 2]
+        return {"train": zip(COLOR, labels, strict=False), "test": PAIR}, [*"abc"]
+
+    settings = data(tmp_path)
+    settings.holdout = 3
+    with pytest.raises(DataError, match="'train' is empty or contains unlabeled examples"):
+        prepare(settings, log=quiet)
 
 
 @pytest.mark.parametrize(

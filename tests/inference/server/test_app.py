@@ -1,5 +1,6 @@
 """Tests the web service over HTTP, in this process."""
 
+import asyncio
 import base64
 import io
 import pathlib
@@ -153,6 +154,30 @@ def test_form_upload_is_rejected(client: Any) -> None:
 def test_body_without_length_is_limited(client: Any) -> None:
     answer = client.post("/predict", content=(bytes(10_000) for _ in range(1000)))
     assert answer.status_code == 413
+
+
+def test_aborted_upload_is_no_error(predictor: Predictor) -> None:
+    from inception_jax.inference.server.app import create_app
+
+    messages = [{"type": "http.request", "body": b"x", "more_body": True}]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = create_app(PredictionService(predictor, Explainer(predictor), LIMITS))
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/predict",
+        "headers": [],
+        "query_string": b"",
+    }
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 400
 
 
 def test_concurrent_requests_get_their_own_answers(client: Any, predictor: Predictor) -> None:
