@@ -50,7 +50,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=0.0, help="only with --emulator")
     parser.add_argument("--experiment", default="experiments/tiny.py")
     parser.add_argument("--rounds", type=int, default=5)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.latency and not arguments.emulator:
+        parser.error("--latency needs --emulator")
+    return arguments
 
 
 @contextlib.contextmanager

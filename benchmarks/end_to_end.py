@@ -14,19 +14,18 @@ On a GPU: --platform gpu --experiment experiments/tiny.py --every 200 --reports 
 """
 
 import argparse
-import copy
+import ast
+import contextlib
 import itertools
-import json
 import pathlib
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import command, measure, workers
 from benchmarks.step_time import SHARED_GPU
+from inception_jax import cli, load_config
 from inception_jax import config as configs
 from inception_jax.config import Config
-from inception_jax.errors import ConfigError
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,18 +52,16 @@ def load_experiment(path: str, settings: Sequence[str]) -> Config:
     Raises:
       ConfigError: if a setting is not valid.
     """
-    made: Config = copy.deepcopy(runpy.run_path(path)["get_config"]())
-    values = configs.to_dict(made)
-    for setting in settings:
-        name, _, text = setting.partition("=")
-        if name not in configs.flatten(values):
-            raise ConfigError(configs.unknown_field(name))
-        *groups, last = name.split(".")
-        group = values
-        for each in groups:
-            group = group[each]
-        group[last] = text if isinstance(group[last], str) else json.loads(text.lower())
-    return configs.from_dict(values)
+    words = {name for name, kind, _ in configs.leaves() if kind is str}
+    values: dict[str, Any] = {}
+    for argument in cli.with_tuples(command.overrides(settings)):
+        name, _, text = argument.removeprefix("--config.").partition("=")
+        values[name] = text
+        if name not in words:
+            with contextlib.suppress(ValueError, SyntaxError):  # Refused for its type.
+                is_boolean = text.lower() in ("true", "false")
+                values[name] = ast.literal_eval(text.title() if is_boolean else text)
+    return load_config(measure.ROOT / path, values)
 
 
 def command_rates(arguments: argparse.Namespace, batch_size: int) -> dict[str, list[float]]:

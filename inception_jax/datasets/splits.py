@@ -61,9 +61,9 @@ class Split(abc.ABC):
         return None
 
     @property
-    @abc.abstractmethod
     def threads(self) -> int:
         """The number of batches to read at a time, each in a thread."""
+        return 1  # Copying is faster than any step, and more would compete with it for cores.
 
     @abc.abstractmethod
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -144,11 +144,6 @@ class MemorySplit(Split):
         """Checksums of the pixels."""
         return digests.of_images(self.pixels)
 
-    @property
-    def threads(self) -> int:
-        """1: it only copies from memory."""
-        return 1
-
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images at `indices`."""
         return self.pixels[indices]
@@ -174,11 +169,6 @@ class DecodedSplit(StoredSplit):
     def digests(self) -> np.ndarray | None:
         """Checksums of the pixels."""
         return self.image_digests
-
-    @property
-    def threads(self) -> int:
-        """1: it is faster than any step, and more threads would compete with the step for cores."""
-        return 1
 
     @functools.cached_property
     def _offset(self) -> int:

@@ -118,11 +118,6 @@ def _name(purpose: str, image_size: int, batch_size: int) -> str:
 class _ShapesOnly(Split):
     """A split of which only the shapes are known."""
 
-    @property
-    def threads(self) -> int:
-        """Nothing is read."""
-        return 1
-
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Fails: there are no images."""
         raise AssertionError("programs are compiled without data")

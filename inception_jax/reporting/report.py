@@ -6,9 +6,7 @@ so a later call, on another machine and without the dataset, gives the same page
 
 import dataclasses
 import math
-import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inception_jax.datasets.splits import Split
@@ -154,10 +152,7 @@ def _store_diagnosis(record: RunRecord) -> Diagnosis:
     diagnosis = record.diagnosis
     if diagnosis is None:
         raise UserError(f"{record.workdir}: config.json not found; use the workdir of a run")
-    with _as_user_error(record.workdir.diagnosis):
-        atomic.write_json(
-            record.workdir.diagnosis, _nonfinite_as_null(dataclasses.asdict(diagnosis))
-        )
+    atomic.write_json(record.workdir.diagnosis, _nonfinite_as_null(dataclasses.asdict(diagnosis)))
     return diagnosis
 
 
@@ -177,16 +172,6 @@ def write_range_test(path: paths.Path, values: Mapping[str, Any]) -> list[paths.
     with atomic.replacing(png_path) as temporary:
         plots.plot_range_test(temporary, values)
     return [json_path, png_path]
-
-
-@contextmanager
-def _as_user_error(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write: {error}. Free disk space or make the directory writable"
-        ) from error
 
 
 def _nonfinite_as_null(value: Any) -> Any:

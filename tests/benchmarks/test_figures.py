@@ -316,9 +316,20 @@ def test_failing_training_command_is_explained() -> None:
 def test_settings_change_the_measured_experiment() -> None:
     made = end_to_end.load_experiment(
         "experiments/tiny_cpu.py",
-        ["train.batch_size=32", "data.directory=data", "augment.flip=False"],
+        [
+            "train.batch_size=32",
+            "data.directory=data",
+            "augment.flip=false",
+            "train.image_sizes=(64,)",
+            "train.image_size_boundaries=",
+            "evaluation.metrics=top1,top5",
+        ],
     )
     assert (made.train.batch_size, made.data.directory, made.augment.flip) == (32, "data", False)
+    assert (made.train.image_sizes, made.train.image_size_boundaries) == ((64,), ())
+    assert made.evaluation.metrics == ("top1", "top5")
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 'many': must be of type int"):
+        end_to_end.load_experiment("experiments/tiny_cpu.py", ["train.batch_size=many"])
     with pytest.raises(ConfigError, match="no such setting"):
         end_to_end.load_experiment("experiments/tiny_cpu.py", ["train.no=1"])
 
