@@ -9,7 +9,7 @@ a scheduler to rerun the command.
 import contextlib
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 # sysexits.h: "temporary failure; the user is invited to retry". Distinct from 143 and 130, the exit
 # codes of programs killed by SIGTERM and SIGINT.
@@ -62,6 +62,17 @@ def phase_of(error: BaseException) -> str:
     """Returns the phase that `during` noted on an exception, or ''."""
     notes = [note for note in getattr(error, "__notes__", []) if note.startswith(_PHASE)]
     return notes[0].removeprefix(_PHASE) if notes else ""
+
+
+def join_truncated(texts: Sequence[str], limit: int = 10, separator: str = ", ") -> str:
+    """Joins up to `limit` texts and appends the number of the others.
+
+    >>> join_truncated(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    more = len(texts) - limit
+    on_a_line = f"{separator}…" if "\n" in separator else ""
+    return separator.join(texts[:limit]) + (f"{on_a_line} and {more:,} more" if more > 0 else "")
 
 
 def nearest(name: str, allowed: Iterable[str], prefix: str = "") -> str:

@@ -42,10 +42,9 @@ import numpy as np
 from inception_jax import config
 from inception_jax.console import Progress
 from inception_jax.datasets import decode, digests, splits
-from inception_jax.datasets.builders import folders
 from inception_jax.datasets.recipe import Prepared, Recipe
 from inception_jax.datasets.splits import DecodedSplit, RecordSplit, Split
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, join_truncated
 from inception_jax.storage import paths
 
 # Incremented when the file layout or the decoding changes; older caches are then rebuilt.
@@ -301,7 +300,7 @@ def _write_split(
     if constant:
         recipe.log(
             f"{builder.name}: {len(constant):,} of {count:,} {split} images are a single color, "
-            f"such as black: {folders.join_truncated(constant)}"
+            f"such as black: {join_truncated(constant)}"
         )
     return splits.mean_and_std(total, squares, count * size * size)
 

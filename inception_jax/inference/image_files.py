@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from inception_jax.datasets.builders import folders
 from inception_jax.datasets.sources.files import MAX_BYTES, FolderSource
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, join_truncated
 from inception_jax.storage import access, buckets, paths
 
 # The argument for standard input.
@@ -68,7 +68,7 @@ def find(arguments: Sequence[str]) -> ImageFiles:
             is_image = folders.has_image_extension(file) and not _is_special(inner)
             (images.files if is_image else images.skipped).append(inner)
     if not images.files:
-        more = f" Skipped: {folders.join_truncated(images.skipped)}." if images.skipped else ""
+        more = f" Skipped: {join_truncated(images.skipped)}." if images.skipped else ""
         raise DataError(
             f"{folders.quote_and_join(arguments)}: no file has an image extension (.jpg, .png, …)."
             f"{more} To read a file whatever its name, give its path"

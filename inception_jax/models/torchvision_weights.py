@@ -7,7 +7,7 @@ conv3; PyTorch's kernels have their output channels first.
 import collections
 import functools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inception_jax import config
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, join_truncated
 from inception_jax.models import networks
 from inception_jax.models.weights import Variables, flatten, unflatten
 
@@ -103,7 +103,7 @@ def convert(state: Mapping[str, np.ndarray], abstract_variables: Variables) -> V
         count = sum(problems.values())
         raise DataError(
             f"{count} entries do not match torchvision's GoogLeNet:\n  "
-            + _join_truncated(list(problems), max_items=10, separator="\n  ")
+            + join_truncated(list(problems), limit=10, separator="\n  ")
         )
     return unflatten(
         {
@@ -156,12 +156,12 @@ def from_torchvision(
             modules = " and ".join(sorted({f"{prefix}{_top_module(name)}" for name in heads}))
             notes.append(
                 f"skipped: {modules}, auxiliary heads used only in training: "
-                + _join_truncated(mismatches, max_items=2, separator="; ")
+                + join_truncated(mismatches, limit=2, separator="; ")
             )
         heads = {}
     body = _pop_modules(remaining, prefix, {_top_module(name) for name in trunk})
     if remaining:
-        notes.append(f"skipped: {_join_truncated(sorted(remaining), max_items=5)}")
+        notes.append(f"skipped: {join_truncated(sorted(remaining), limit=5)}")
     try:
         variables = convert(body | fc | heads, unflatten(leaves))
     except DataError as error:
@@ -229,7 +229,7 @@ def _find_prefix(names: Iterable[str], trunk: Collection[str], prefix: str | Non
         raise DataError(
             f"not torchvision's GoogLeNet: has {max(counts.values(), default=0)} of its "
             f"{len(trunk)} entries{where}. The file contains {len(names):,} arrays"
-            + (f": {_join_truncated(names, max_items=5)}" if names else "")
+            + (f": {join_truncated(names, limit=5)}" if names else "")
         )
     if len(candidates) > 1:
         listing = ", ".join(each.removesuffix(".") or "''" for each in candidates)
@@ -288,9 +288,7 @@ def _pop_classifier(
     if not entries:
         reason = f"{name} not found"
     elif len(weights) != 1 or set(entries) - {weights[0], _bias(weights[0])}:
-        reason = (
-            f"{name} is not a single linear layer: {_join_truncated(sorted(entries), max_items=4)}"
-        )
+        reason = f"{name} is not a single linear layer: {join_truncated(sorted(entries), limit=4)}"
     elif rest[weights[0]].ndim != 2 or rest[weights[0]].shape[1] != _NUM_FEATURES:
         reason = (
             f"{weights[0]} has shape {rest[weights[0]].shape}, must be (classes, {_NUM_FEATURES})"
@@ -374,9 +372,3 @@ def _from_torch(value: np.ndarray, path: str, channels: int | None) -> np.ndarra
             value = value.reshape(value.shape[0], -1)
         value = value.T
     return np.ascontiguousarray(value)
-
-
-def _join_truncated(words: Sequence[str], *, max_items: int, separator: str = ", ") -> str:
-    """Joins words; beyond `max_items`, only says how many more there are."""
-    left = len(words) - max_items
-    return separator.join([*words[:max_items], *([f"… and {left} more"] if left > 0 else [])])

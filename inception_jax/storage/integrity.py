@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any, Protocol
 
-from inception_jax.errors import CheckpointError, WriteError
+from inception_jax.errors import CheckpointError, WriteError, join_truncated
 from inception_jax.storage import buckets, paths
 
 if TYPE_CHECKING:
@@ -283,8 +283,7 @@ def find_corruption(checkpoint: paths.Path) -> str:
     if problems is None:
         present = {name.partition("/")[0] for name in folder.names()}
         problems = [f"{item} is missing" for item in ITEMS if item not in present]
-    more = [f"and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
-    return ", ".join(problems[:_MAX_LISTED] + more)
+    return join_truncated(problems, _MAX_LISTED)
 
 
 def quarantine_corrupt(directory: paths.Path, log: Log) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from absl import flags
 
 from inception_jax import cli, console
-from inception_jax.errors import DataError, RunError, UserError
+from inception_jax.errors import DataError, RunError, UserError, join_truncated
 from inception_jax.storage import access
 
 if TYPE_CHECKING:
@@ -122,9 +122,7 @@ def _predict_files(weights: "Weights", images: "ImageFiles") -> None:
     from inception_jax.inference.predictor import Predictor, batch_size_for, classify, read_files
 
     if images.skipped:
-        skipped = folders.join_truncated(
-            [folders.escape_for_display(path) for path in images.skipped]
-        )
+        skipped = join_truncated([folders.escape_for_display(path) for path in images.skipped])
         console.log(f"skipped, no image extension: {skipped}")
     predictor = Predictor(weights, batch_size=batch_size_for(len(images.files)))
     console.log(f"images: {predictor.preparation}, as in evaluation")

@@ -8,7 +8,7 @@ import numpy as np
 from inception_jax import config as configs
 from inception_jax.config import Config
 from inception_jax.datasets.dataset import Dataset, class_changes
-from inception_jax.errors import ConfigError
+from inception_jax.errors import ConfigError, join_truncated
 from inception_jax.models import protocol
 from inception_jax.models import weights as files
 from inception_jax.models.weights import Weights
@@ -17,8 +17,6 @@ from inception_jax.training import kernels
 from inception_jax.training import state as states
 from inception_jax.training.run import Run
 from inception_jax.training.state import TrainState, Variables
-
-_MAX_LISTED = 10
 
 
 class InitialWeights(NamedTuple):
@@ -216,10 +214,10 @@ def _check_fit(
     differences = list(_differences(values, expected))
     if not differences:
         return
-    lines = differences[:_MAX_LISTED]
-    if len(differences) > _MAX_LISTED:
-        lines.append(f"… and {len(differences) - _MAX_LISTED} more")
-    lines += _setting_differences(weights, config)
+    lines = [
+        join_truncated(differences, separator="\n  "),
+        *_setting_differences(weights, config),
+    ]
     raise ConfigError(
         f"{weights.origin}: the weights belong to another network; "
         f"{len(differences)} variables differ:\n  "

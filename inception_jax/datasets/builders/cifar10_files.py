@@ -31,7 +31,7 @@ from inception_jax.datasets import decode
 from inception_jax.datasets.builders import folders
 from inception_jax.datasets.sources import opening
 from inception_jax.datasets.sources.files import Source
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, join_truncated
 
 FOLDER = "cifar-10-batches-py"
 NUM_CLASSES = 10
@@ -109,7 +109,7 @@ def _other_form(source: Source) -> str:
             f"contains images in class folders, but {why}. Set config.data.name=image_folder to "
             f"use them as they are. {official}"
         )
-    contents = folders.join_truncated(sorted({file.split("/")[0] for file in files}))
+    contents = join_truncated(sorted({file.split("/")[0] for file in files}))
     return (
         "not CIFAR-10: data_batch_1 not found (contents: "
         f"{contents or 'none'}).{opening.mention_archives(files)} {official}"

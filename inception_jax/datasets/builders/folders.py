@@ -33,7 +33,7 @@ from PIL import Image
 
 from inception_jax.datasets.sources import file_types, member_names, opening
 from inception_jax.datasets.sources.files import Contents, Source
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, join_truncated
 from inception_jax.storage import atomic
 
 TRAIN, VALIDATION, TEST, UNLABELED = "train", "validation", "test", "unlabeled"
@@ -709,16 +709,6 @@ def _holdout_rank(entry: LabeledFile, root: str) -> tuple[bytes, str]:
     path = unicodedata.normalize("NFC", entry.file.removeprefix(root))
     # Two paths may differ only in how an accent is encoded.
     return hashlib.sha256(os.fsencode(path)).digest(), entry.file
-
-
-def join_truncated(texts: Sequence[str], limit: int = _MAX_NAMED) -> str:
-    """Joins up to `limit` texts with commas and appends the number of the others.
-
-    >>> join_truncated(["a", "b", "c"], limit=2)
-    'a, b and 1 more'
-    """
-    more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more
 
 
 def quote_and_join(names: Sequence[str], limit: int = _MAX_NAMED) -> str:

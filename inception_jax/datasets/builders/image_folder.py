@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from inception_jax.console import Progress
 from inception_jax.datasets import decode
 from inception_jax.datasets.builders import base, folders
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, join_truncated
 from inception_jax.registry import DATASETS
 
 # Images checked per task of a thread, one by one.
@@ -84,7 +84,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             paths = f"{len(named):,} path{'s' * (len(named) > 1)}"
             self.log(
                 f"{self._files.path}: ignored {paths} (system and editor files, this program's "
-                f"output, notes and the like): {folders.join_truncated(named)}"
+                f"output, notes and the like): {join_truncated(named)}"
             )
         if layout.imageless_folders:
             self.log(
@@ -162,7 +162,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             self.log(
                 f"{self._files.path}: {len(dark):,} of the {len(depths):,} files with 16 bits per "
                 f"channel use {most} bits or fewer and are almost black compared to the others: "
-                f"{folders.join_truncated([folders.escape_for_display(file) for file in dark])}. "
+                f"{join_truncated([folders.escape_for_display(file) for file in dark])}. "
                 f"If the others, such as {folders.escape_for_display(brightest)}, merely have hot "
                 f"pixels, set config.data.bit_depth={most}; if they are from another camera, "
                 "scale all images to 8 bits first"
@@ -184,7 +184,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             named = kinds.setdefault((problem.kind, problem.advice), [])
             named.append(f"{folders.escape_for_display(file)}{detail}")
         lines = [
-            f"\n  {kind} ({len(named):,}): {folders.join_truncated(named)}. {advice}"
+            f"\n  {kind} ({len(named):,}): {join_truncated(named)}. {advice}"
             for (kind, advice), named in sorted(kinds.items(), key=lambda each: -len(each[1]))
         ]
         return (

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from inception_jax.datasets.builders import folders
 from inception_jax.datasets.sources import opening
 from inception_jax.datasets.sources.files import Contents, Source
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, join_truncated
 
 FOLDER = "tiny-imagenet-200"
 _WNIDS, _WORDS, _ANNOTATIONS = "wnids.txt", "words.txt", "val/val_annotations.txt"
@@ -91,7 +91,7 @@ def _find_root(source: Source) -> str:
         raise DataError(
             f"{source.path}: not Tiny ImageNet: neither {_WNIDS} nor a train/ folder with class "
             "ids, such as n01443537, was found (contents: "
-            f"{folders.join_truncated(names) or 'none'}).{opening.mention_archives(source.sizes)} "
+            f"{join_truncated(names) or 'none'}).{opening.mention_archives(source.sizes)} "
             f"Set config.data.source to {FOLDER}.zip or the extracted folder {FOLDER}; for other "
             "images, set config.data.name=image_folder"
         )
@@ -350,7 +350,7 @@ def index(source: Source) -> Index:
     if ignored := source.hidden:
         remarks.append(
             f"ignored {len(ignored):,} system and editor files and folders: "
-            f"{folders.join_truncated([folders.escape_for_display(path) for path in ignored])}"
+            f"{join_truncated([folders.escape_for_display(path) for path in ignored])}"
         )
     training = _train(source, remarks)
     listed = _listed_wnids(source, remarks)
