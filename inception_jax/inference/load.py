@@ -135,7 +135,7 @@ def from_checkpoint(
         resize_kernel=config.data.resize_kernel,
         bit_depth=dataset.get("bit depth", configs.unrecorded_bit_depth(config.data.name)),
         experiment=config.name,
-        dataset=dataset["name"],
+        dataset=dataset["name"] if "dataset" in record.own else config.data.name,
         dataset_version=dataset.get("version", ""),
         is_average=bool(restored["average"]),
         step=step,

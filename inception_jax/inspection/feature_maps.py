@@ -19,32 +19,24 @@ from inception_jax.storage import atomic, paths
 _GAP = 1
 
 
-def first_convolution(weights: Weights) -> str:
-    """Returns the slash-separated path of a network's first convolution; '' if it has none."""
-    size = weights.image_size
-    layers = introspect.spatial_layers(
-        weights.network, weights.variables, jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-    )
-    leaves = files.flatten(weights.variables["params"])
-    return next((layer for layer in layers if f"{layer}/kernel" in leaves), "")
+def spatial_layers(weights: Weights) -> list[str]:
+    """Returns the slash-separated paths of the modules that output a feature map, in order."""
+    size = weights.eval_image_size or weights.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    return list(introspect.spatial_layers(weights.network, weights.variables, images))
 
 
-def layer_kernel(weights: Weights, layer: str) -> np.ndarray:
-    """Returns the kernel of a layer.
+def first_filters(weights: Weights) -> tuple[str, np.ndarray] | None:
+    """Returns the path and kernel, float32 [k, k, 3, O], of the first convolution of the image.
 
-    Args:
-      weights: of the network.
-      layer: slash-separated path of the module, such as "conv1".
-
-    Returns:
-      float32 [k, k, I, O].
+    None: the network has none.
     """
     leaves = files.flatten(weights.variables["params"])
-    return next(
-        np.asarray(leaf)
-        for name, leaf in leaves.items()
-        if name.startswith(f"{layer}/") and name.endswith("/kernel")
-    )
+    for layer in spatial_layers(weights):
+        kernel = np.asarray(leaves.get(f"{layer}/kernel", ()))
+        if kernel.ndim == 4 and kernel.shape[2] == 3:
+            return layer, kernel
+    return None
 
 
 def compute_activations(predictor: Predictor, pixels: np.ndarray, layer: str) -> np.ndarray:

@@ -40,8 +40,7 @@ _IMAGE = cli.define_path("image", "image file to compute activations for")
 _LAYER = flags.DEFINE_string(
     "layer",
     None,
-    "module to draw the activations of; default: the first with several layers, or the first "
-    "convolution",
+    "module to draw the activations of; default: the first with several layers, or the first",
 )
 cli.require_with("classes", "config")
 cli.require_with("layer", "image")
@@ -100,17 +99,19 @@ def _draw_weights(
     from inception_jax.inspection import feature_maps
 
     written = []
-    if first := feature_maps.first_convolution(weights):
+    if first := feature_maps.first_filters(weights):
         written.append(folder / "filters.png")
-        kernel = feature_maps.layer_kernel(weights, first)
-        feature_maps.draw_filters(written[0], kernel, f"{first} of {weights}")
+        name, kernel = first
+        feature_maps.draw_filters(written[0], kernel, f"{name} of {weights}")
     else:
-        console.log(f"{weights.model.name}: no convolution found, so no filters are drawn")
+        console.log(f"{weights.model.name}: no convolution of the image, so no filters to draw")
     if image is None:
         return written
     written.append(folder / "activations.png")
     modules = (block.name for block in structure.blocks() if len(block.layers) > 1)
-    layer = _LAYER.value or next(modules, first)
+    layer = (
+        _LAYER.value or next(modules, "") or next(iter(feature_maps.spatial_layers(weights)), "")
+    )
     predictor = Predictor(weights)
     pixels = predictor.read(image, str(_IMAGE.value))
     maps = feature_maps.compute_activations(predictor, pixels, layer)

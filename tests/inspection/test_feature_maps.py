@@ -1,7 +1,11 @@
 """Tests figures of filters and activations."""
 
+import dataclasses
 import pathlib
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +16,7 @@ from inception_jax.inference.predictor import Predictor
 from inception_jax.inspection import feature_maps
 from inception_jax.models import networks
 from inception_jax.models.weights import Weights
-from tests import small
+from tests import random_weights, small
 
 SIZE = 8
 
@@ -70,9 +74,26 @@ def test_layer_without_feature_map_is_rejected(
         assert "Did you mean inception_2" in str(error.value)
 
 
-def test_layer_kernel_returns_the_kernel(weights: Weights) -> None:
-    kernel = feature_maps.layer_kernel(weights, "conv1")
-    assert np.array_equal(kernel, weights.variables["params"]["conv1"]["conv"]["kernel"])
+def test_first_filters_are_those_of_the_image(weights: Weights) -> None:
+    found = feature_maps.first_filters(weights)
+    assert found is not None and found[0] == "conv1/conv"
+    assert np.array_equal(found[1], weights.variables["params"]["conv1"]["conv"]["kernel"])
+
+
+def test_convolution_of_rearranged_pixels_has_no_filters_to_draw() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.Dense(3)(x).reshape(len(x), 4, 2, 4, 2, 3).transpose(0, 1, 3, 2, 4, 5)
+            x = nn.Conv(8, (3, 3))(x.reshape(len(x), 4, 4, 12))
+            return nn.Dense(7)(x.mean((1, 2)))
+
+    network = Net()
+    variables = network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    changes = {"variables": {**variables, "batch_stats": {}}, "module": network, "image_size": 8}
+    own = dataclasses.replace(random_weights.make(), **changes)
+    assert feature_maps.first_filters(own) is None
+    assert feature_maps.spatial_layers(own) == ["Dense_0", "Conv_0"]
 
 
 def test_tiles_contain_every_image_once() -> None:
@@ -87,7 +108,8 @@ def test_tiles_contain_every_image_once() -> None:
 
 def test_figures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathlib.Path) -> None:
     filters, maps = tmp_path / "filters.png", tmp_path / "maps.png"
-    feature_maps.draw_filters(filters, feature_maps.layer_kernel(weights, "conv1"), "filters")
+    kernel = weights.variables["params"]["conv1"]["conv"]["kernel"]
+    feature_maps.draw_filters(filters, kernel, "filters")
     activations = feature_maps.compute_activations(Predictor(weights), pixels, "conv1")
     feature_maps.draw_activations(maps, pixels, activations, layer="conv1", title="maps")
     for path in (filters, maps):
@@ -96,6 +118,4 @@ def test_figures_are_drawn(weights: Weights, pixels: np.ndarray, tmp_path: pathl
             # Not an empty figure: the filters have many colors.
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
     with pytest.raises(UserError, match=r"/proc/no/filters\.png: cannot be written"):
-        feature_maps.draw_filters(
-            pathlib.Path("/proc/no/filters.png"), feature_maps.layer_kernel(weights, "conv1"), ""
-        )
+        feature_maps.draw_filters(pathlib.Path("/proc/no/filters.png"), kernel, "")
