@@ -31,9 +31,7 @@ _CONFIG = cli.define_config()
 _WORKDIR = cli.define_path("workdir", "folder of the run, for its checkpoints, metrics and plots")
 _WEIGHTS = cli.define_path("weights", "with --mode=eval: file to evaluate instead of --workdir")
 _PRINT_CONFIG = flags.DEFINE_bool(
-    "print_config",
-    False,
-    "print every setting the run would use and where it comes from, then exit",
+    "print_config", False, "print every setting of the run and where it comes from, then exit"
 )
 cli.require_one(
     "workdir", "weights", message="give --workdir=DIR or --weights=FILE", unless="print_config"

@@ -33,5 +33,5 @@ def test_invalid_view_is_refused(tmp_path: pathlib.Path) -> None:
     assert dataset.view("holdout") is dataset.view("eval") is dataset.evaluation
     with pytest.raises(ConfigError, match=r"digits: split 'tset' not found\. Did you mean test"):
         dataset.view("tset")
-    with pytest.raises(ConfigError, match=r"crop = 0\.9: .*set config\.data\.storage=records"):
+    with pytest.raises(ConfigError, match=r"crop = 0\.9: .*with config\.data\.storage=records"):
         dataset.view("holdout", crop=0.9)
