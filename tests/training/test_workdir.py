@@ -191,11 +191,8 @@ def restore_overrides(
     ), log
 
 
-def overridden(path: pathlib.Path) -> Workdir:
-    """Returns the workdir of a run that overrode two settings of an experiment."""
-    config = Config()
-    config.model.width, config.train.image_sizes = 0.5, (16,)
-    experiment = {"file": "a.py", "own": {"model.width": 1.0, "train.image_sizes": []}}
+def started(path: pathlib.Path, config: Config, own: dict[str, object]) -> Workdir:
+    """Returns the workdir of a run that overrode settings of an experiment, whose values are own."""
     folder = start_run(path, config)
     workdirs.record_start(
         workdirs.load_previous_run(folder),
@@ -203,9 +200,16 @@ def overridden(path: pathlib.Path) -> Workdir:
         step=0,
         changed=[],
         dataset=DATASET,
-        experiment=experiment,
+        experiment={"file": "a.py", "own": own},
     )
     return folder
+
+
+def overridden(path: pathlib.Path) -> Workdir:
+    """Returns the workdir of a run that overrode two settings of an experiment."""
+    config = Config()
+    config.model.width, config.train.image_sizes = 0.5, (16,)
+    return started(path, config, {"model.width": 1.0, "train.image_sizes": []})
 
 
 def test_duration_in_another_unit_replaces_recorded_one(
@@ -213,16 +217,7 @@ def test_duration_in_another_unit_replaces_recorded_one(
 ) -> None:
     config = Config()
     config.train.duration = "20 epochs"
-    folder = start_run(tmp_path, config)
-    experiment: dict[str, object] = {"file": "a.py", "own": {"train.duration": "60 epochs"}}
-    workdirs.record_start(
-        workdirs.load_previous_run(folder),
-        config,
-        step=0,
-        changed=[],
-        dataset=DATASET,
-        experiment=experiment,
-    )
+    folder = started(tmp_path, config, {"train.duration": "60 epochs"})
     now = Config()
     restored, log = restore_overrides(folder, now, "a.py", {"train.duration": "300 steps"})
     assert now.train.duration == "300 steps" and not log
@@ -258,19 +253,11 @@ def test_given_setting_wins_even_if_it_is_the_default(tmp_path: pathlib.Path) ->
 
 
 def test_entries_of_mappings_are_restored_one_by_one(tmp_path: pathlib.Path) -> None:
-    started = Config()
-    configs.put(started, "evaluations.a.flip_tta", True)
-    configs.put(started, "evaluations.a.examples", 50)
-    configs.put(started, "augment.options.strength", 0.3)
-    folder = start_run(tmp_path, started)
-    workdirs.record_start(
-        workdirs.load_previous_run(folder),
-        started,
-        step=0,
-        changed=[],
-        dataset=DATASET,
-        experiment={"file": "a.py", "own": {"evaluations": {}, "augment.options": {}}},
-    )
+    before = Config()
+    configs.put(before, "evaluations.a.flip_tta", True)
+    configs.put(before, "evaluations.a.examples", 50)
+    configs.put(before, "augment.options.strength", 0.3)
+    folder = started(tmp_path, before, {"evaluations": {}, "augment.options": {}})
     config = Config()
     given = {
         "evaluations": {"a": {"examples": 70}, "b": {"shift_tta": 2}},
