@@ -192,7 +192,7 @@ def restore_overrides(
 
 
 def started(path: pathlib.Path, config: Config, own: dict[str, object]) -> Workdir:
-    """Returns the workdir of a run that overrode settings whose values in the experiment are own."""
+    """Returns the workdir of a run that overrode settings; own has the experiment's values."""
     folder = start_run(path, config)
     workdirs.record_start(
         workdirs.load_previous_run(folder),
