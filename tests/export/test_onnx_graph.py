@@ -53,6 +53,27 @@ def convolved(**options: Any) -> Callable[[jax.Array], jax.Array]:
     return lambda x: jnp.asarray(layer.apply(variables, x))
 
 
+def check_conversion(network: Callable[[jax.Array], jax.Array]) -> None:
+    """Checks that ONNX Runtime computes what a network of normalized images does."""
+    mean, std = np.array([0.4, 0.5, 0.6], "f4"), np.array([0.2, 0.3, 0.1], "f4")
+    model = onnx_graph.convert(
+        network,
+        name="one",
+        size=SIZE,
+        resized=SIZE,
+        resize_kernel="linear",
+        mean=mean,
+        std=std,
+        names=("x", "y"),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+    expected = jax.jit(network)(((pixels / 255 - mean) / std).astype(np.float32))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (outputs,) = session.run(["y"], {"x": pixels})
+    # Sums of hundreds of terms may nearly cancel.
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "operation",
     [
@@ -103,46 +124,12 @@ def test_operation_matches_jax(operation: Callable[[jax.Array], jax.Array]) -> N
         weights = np.random.default_rng(3).normal(size=(1, *x.shape[1:])).astype(np.float32)
         return (x * jnp.broadcast_to(weights, x.shape)).sum((1, 2))
 
-    mean, std = np.array([0.4, 0.5, 0.6], "f4"), np.array([0.2, 0.3, 0.1], "f4")
-    model = onnx_graph.convert(
-        network,
-        name="one",
-        size=SIZE,
-        resized=SIZE,
-        resize_kernel="linear",
-        mean=mean,
-        std=std,
-        names=("x", "y"),
-    )
-    pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
-    expected = jax.jit(network)(((pixels / 255 - mean) / std).astype(np.float32))
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    (outputs,) = session.run(["y"], {"x": pixels})
-    # Sums of hundreds of terms may nearly cancel.
-    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-3)
+    check_conversion(network)
 
 
 def test_flattening_keeps_the_order_of_pixels() -> None:
     matrix = np.random.default_rng(5).normal(size=(SIZE * SIZE * 3, 4)).astype(np.float32)
-
-    def network(x: jax.Array) -> jax.Array:
-        return nn.relu(x.reshape(len(x), -1)) @ matrix
-
-    model = onnx_graph.convert(
-        network,
-        name="one",
-        size=SIZE,
-        resized=SIZE,
-        resize_kernel="linear",
-        mean=np.full(3, 0.5, np.float32),
-        std=np.ones(3, np.float32),
-        names=("x", "y"),
-    )
-    pixels = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    (outputs,) = session.run(["y"], {"x": pixels})
-    expected = network((pixels / 255 - 0.5).astype(np.float32))
-    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+    check_conversion(lambda x: nn.relu(x.reshape(len(x), -1)) @ matrix)
 
 
 def test_unsupported_operation_is_named() -> None:

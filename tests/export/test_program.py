@@ -4,8 +4,10 @@ import dataclasses
 import json
 import sys
 
+import flax.linen as nn
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
@@ -100,6 +102,20 @@ def test_onnx_file_resizes_to_evaluation_size(kernel: str) -> None:
     pixels = noise(2)
     logits = onnx_files.load(onnx_files.export(weights))(pixels)
     np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_operation_that_onnx_lacks_is_named_with_a_remedy() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(7)(jnp.cos(x).mean((1, 2)))
+
+    network = Net()
+    variables = network.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+    changes = {"variables": {**variables, "batch_stats": {}}, "module": network}
+    own = dataclasses.replace(random_weights.make(), **changes)
+    with pytest.raises(UserError, match=r"the operation cos cannot .*; StableHLO \(--to=stablehlo"):
+        onnx_files.export(own)
 
 
 def test_onnx_file_contains_its_description(weights: Weights, onnx_data: bytes) -> None:

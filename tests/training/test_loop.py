@@ -894,6 +894,14 @@ def test_resume_with_progressive_resizing_is_bit_identical(
     assert_same(this, resumed, full)
 
 
+def test_image_size_that_the_run_never_reaches_is_logged(data_directory: pathlib.Path) -> None:
+    config = small.config(data_directory)
+    config.train.image_sizes, config.train.image_size_boundaries = (12, 8), ("5 epochs",)
+    config.train.duration, lines = "11 steps", list[str]()
+    run.assemble(config, log=lines.append)
+    assert "config.train.image_sizes: the run ends before its boundary to 8 px" in lines
+
+
 def test_too_small_image_size_is_rejected_at_start(
     data_directory: pathlib.Path,
 ) -> None:
