@@ -119,6 +119,6 @@ pins: ## update the pinned versions, for every supported Python
 	@$(RESOLVE) --python-version=$(firstword $(VERSIONS)) --resolution=lowest-direct \
 	  --output-file=requirements/lowest.txt > /dev/null && echo "Wrote requirements/lowest.txt"
 
-clean: ## remove the environment and caches; keep runs/
-	rm -rf $(VENV) build docs/build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the environments and caches; keep runs/
+	rm -rf $(VENV) $(VENV)-3.* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name .venv\* -prune -o -name __pycache__ -prune -exec rm -rf {} +

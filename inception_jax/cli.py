@@ -44,7 +44,6 @@ from inception_jax.runtime import compilation_cache, hosts
 from inception_jax.storage import access, buckets, paths
 from inception_jax.storage.workdir import CONFIG
 
-_AGAIN = "rerun the same command (training resumes from its last checkpoint)"
 # The exit code that a shell reports for a program killed by SIGPIPE.
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
@@ -336,12 +335,12 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     except BrokenPipeError:
         _end_with_reader()
     except KeyboardInterrupt:
-        _fail(f"interrupted; {_AGAIN}", 130)
+        _fail(f"interrupted; {_again()}", 130)
     except OSError as error:
         # A failed read or write whose own text explains enough.
         if error.filename is None:
             _fail_unexpectedly(error)
-        _fail(f"{error.filename}: {error.strerror}. Fix this, and {_AGAIN}", 2)
+        _fail(f"{error.filename}: {error.strerror}. Fix this, and {_again()}", 2)
     except Exception as error:
         _fail_unexpectedly(error)
     sys.exit(0)
@@ -377,7 +376,7 @@ def _fail_unexpectedly(error: Exception) -> NoReturn:
 
 def _unexpected(error: Exception) -> str:
     """Returns the message for an exception that no module explains."""
-    given = flags.FLAGS.flag_values_dict() if flags.FLAGS.is_parsed() else {}
+    given = _parsed_flags()
     config = given.get("config")
     settings: dict[str, Any] = {}
     if config is not None:
@@ -387,8 +386,20 @@ def _unexpected(error: Exception) -> str:
         return message
     return (
         f"{advice.first_line(error)}. Unexpected error; see the traceback above. "
-        f"{_AGAIN.capitalize()}; if it fails again, please report this output as a bug"
+        f"{_again().capitalize()}; if it fails again, please report this output as a bug"
     )
+
+
+def _again() -> str:
+    """Returns the advice to repeat the command."""
+    # Only the command that trains has the flag.
+    trains = _parsed_flags().get("mode", "eval") != "eval"
+    note = " (training resumes from its last checkpoint)" if trains else ""
+    return f"rerun the same command{note}"
+
+
+def _parsed_flags() -> dict[str, Any]:
+    return flags.FLAGS.flag_values_dict() if flags.FLAGS.is_parsed() else {}
 
 
 def _fail(message: str, code: int) -> NoReturn:

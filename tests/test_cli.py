@@ -35,10 +35,10 @@ def test_help_exits_with_0(module: str) -> None:
         assert "Experiment files are executed" in done.stdout
 
 
-def run_script(path: pathlib.Path) -> subprocess.CompletedProcess:
+def run_script(path: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
     """Runs a Python file that imports the package."""
     return subprocess.run(
-        [sys.executable, path],
+        [sys.executable, path, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -314,6 +314,24 @@ def test_failed_run_ends_with_the_remedy(
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and words in last
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resumes"), [([], True), (["--mode=eval"], False)], ids=["train", "eval"]
+)
+def test_only_an_interrupted_training_is_said_to_resume(
+    arguments: list[str], resumes: bool, tmp_path: pathlib.Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from inception_jax import cli, main\n"
+        "def interrupted(_):\n    raise KeyboardInterrupt\ncli.run(interrupted, '')\n"
+    )
+    experiment = ROOT / "experiments" / "digits.py"
+    done = run_script(script, f"--config={experiment}", f"--workdir={tmp_path}", *arguments)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: interrupted; rerun the same command")
+    assert last.endswith("(training resumes from its last checkpoint)") == resumes
 
 
 def test_request_that_ends_after_its_event_loop_is_not_reported(tmp_path: pathlib.Path) -> None:

@@ -527,7 +527,8 @@ class Evaluation:
     norm_examples: int = resumable(
         0,
         "training examples from which BatchNorm statistics are re-estimated before each "
-        "evaluation, for runs of few steps; the new statistics are saved; 0 = use the running ones",
+        "evaluation of a training and saved with its checkpoints, for runs of few steps; 0 = use "
+        "the running ones; evaluating a finished run uses what it saved",
         unit="examples",
         low=0,
     )

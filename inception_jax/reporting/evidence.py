@@ -40,7 +40,6 @@ class Evidence:
       top1: last validation accuracy, percent.
       noise: two standard errors of `top1` (binomial), at least one point.
       loss_half: validation loss at half of the steps so far, nats.
-      top1_half: validation accuracy at that point, percent.
       train_loss, train_top1: last values of training images evaluated like validation images.
       train_noise: two standard errors of `train_top1`, at least one point.
       running_top1: recent accuracy reported by training, on augmented images, percent.
@@ -61,7 +60,6 @@ class Evidence:
     top1: float
     noise: float
     loss_half: float
-    top1_half: float
     train_loss: float
     train_top1: float
     train_noise: float
@@ -123,7 +121,6 @@ def gather(
         top1=_last(top1),
         noise=_two_standard_errors(validation),
         loss_half=_interpolate(steps / 2, validation, loss),
-        top1_half=_interpolate(steps / 2, validation, top1),
         train_loss=_last(_column(train_eval, "loss")),
         train_top1=_last(_column(train_eval, "top1")),
         train_noise=_two_standard_errors(train_eval),

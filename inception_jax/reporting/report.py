@@ -65,7 +65,7 @@ def write_comparison(locations: Sequence[paths.Path], output: paths.Path) -> pat
     """
     records = [_read(location) for location in locations]
     reports = [record.workdir.location_of(record.workdir.report) for record in records]
-    if _absolute(output) in map(_absolute, reports):
+    if paths.absolute(output) in map(paths.absolute, reports):
         raise UserError(
             f"--output={output}: is the report of one of the compared runs; use another file"
         )
@@ -142,10 +142,6 @@ def _read(location: paths.Path) -> RunRecord:
     if record.config:
         buckets.set_retry_seconds(record.config.bucket.retry_seconds, is_recorded=True)
     return record
-
-
-def _absolute(path: paths.Path) -> paths.Path:
-    return path.resolve() if paths.is_local(path) else path
 
 
 def _store_diagnosis(record: RunRecord) -> Diagnosis:

@@ -66,7 +66,7 @@ class RunRecord:
         """The experiment's name; the workdir's name if unknown."""
         if self.config is not None:
             return self.config.name
-        return self.result.get("name") or _absolute(self.workdir).name
+        return self.result.get("name") or paths.absolute(self.workdir.location).name
 
     @property
     def split(self) -> str:
@@ -209,17 +209,12 @@ def display_names(records: Sequence[RunRecord]) -> list[str]:
     """Returns a distinct name for each run: the shortest unique end of its path."""
     if len(records) == 1:
         return [records[0].name]
-    directories = [_absolute(record.workdir) for record in records]
+    directories = [paths.absolute(record.workdir.location) for record in records]
     for parts in range(1, max(len(directory.parts) for directory in directories) + 1):
         names = ["/".join(directory.parts[-parts:]) for directory in directories]
         if len(set(names)) == len(names):
             return names
     return [f"{directory.name} ({number})" for number, directory in enumerate(directories, start=1)]
-
-
-def _absolute(workdir: Workdir) -> paths.Path:
-    location = workdir.location
-    return location.resolve() if paths.is_local(location) else location
 
 
 def _read_result(path: pathlib.Path) -> dict[str, Any]:

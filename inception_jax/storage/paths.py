@@ -147,6 +147,11 @@ def is_local(path: Path) -> TypeGuard[pathlib.Path]:
     return isinstance(path, pathlib.Path)
 
 
+def absolute(path: Path) -> Path:
+    """Returns the path without symbolic links; a path in a bucket is returned as it is."""
+    return path.resolve() if is_local(path) else path
+
+
 class PlainPath:
     """A folder under a path that every library handles literally; valid until closed.
 

@@ -18,6 +18,7 @@ import optax
 
 from inception_jax import config as configs
 from inception_jax.config import Config
+from inception_jax.models.layers import ModelOutput
 from inception_jax.runtime import environment
 from inception_jax.training import initialization, optimizers
 from inception_jax.training.run import Run, train_batches
@@ -164,9 +165,16 @@ def has_diverged(points: Sequence[Point]) -> bool:
 
 
 def chance_loss(run: Run) -> float:
-    """Returns the objective of a uniform guess among a run's classes, in nats."""
-    heads = 2 if run.config.model.aux_heads else 0
-    return math.log(run.dataset.num_classes) * (1 + heads * run.config.train.aux_weight)
+    """Returns the objective of a run whose heads all guess uniformly among the classes, in nats."""
+
+    def output(images: jax.Array) -> ModelOutput:
+        rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+        return run.model.init_with_output(rngs, images, train=True)[0]
+
+    size = run.config.data.image_size
+    images = jax.ShapeDtypeStruct((run.config.train.batch_size, size, size, 3), jnp.float32)
+    auxiliary_heads = len(jax.eval_shape(output, images).aux)
+    return math.log(run.dataset.num_classes) * (1 + auxiliary_heads * run.config.train.aux_weight)
 
 
 def reliability_warnings(

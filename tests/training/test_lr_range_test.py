@@ -7,6 +7,7 @@ import math
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from inception_jax.config import Augment, Optimizer, Schedule, Train
 from inception_jax.input import pipeline
 from inception_jax.models import weights
+from inception_jax.models.layers import ModelOutput
 from inception_jax.training import lr_range_test, run, state, step
 from inception_jax.training.lr_range_test import (
     Point,
@@ -87,6 +89,19 @@ def test_labels_are_neither_mixed_nor_smoothed(linear: run.Run) -> None:
     )
     assert mixed == plain
     assert mixing.config.augment.mixup == 1.0
+
+
+def test_chance_counts_the_auxiliary_heads_of_a_custom_network(linear: run.Run) -> None:
+    class OneAuxiliaryHead(nn.Module):
+        @nn.compact
+        def __call__(self, images: jax.Array, train: bool = False) -> ModelOutput:
+            logits = nn.Dense(10)(images.mean((1, 2)))
+            return ModelOutput(logits, aux=(logits,) if train else ())
+
+    assert linear.config.train.aux_weight == pytest.approx(0.3)
+    assert lr_range_test.chance_loss(linear) == pytest.approx(math.log(10))
+    custom = dataclasses.replace(linear, model=OneAuxiliaryHead())
+    assert lr_range_test.chance_loss(custom) == pytest.approx(1.3 * math.log(10))
 
 
 def test_divergence_ends_test_without_error(linear: run.Run) -> None:

@@ -5,7 +5,6 @@ import http.client
 import os
 import pathlib
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 
