@@ -307,6 +307,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     # runtime/tpu_vm.py reports the same among others.
     warnings.filterwarnings("ignore", "Transparent hugepages are not enabled")
     sys.unraisablehook = _show_unraisable
+    python_logging.getLogger("asyncio").addFilter(_is_wanted)
     # For example, that it has no writable cache folder.
     python_logging.getLogger("matplotlib").setLevel(python_logging.ERROR)
     # Commands started from a notebook inherit its backend; if that is not installed, importing
@@ -354,6 +355,15 @@ def _show_unraisable(failure: "sys.UnraisableHookArgs") -> None:
     """
     if "Event loop is closed" not in str(failure.exc_value):
         sys.__unraisablehook__(failure)
+
+
+def _is_wanted(record: python_logging.LogRecord) -> bool:
+    """Drops asyncio's reports about tasks that failed after another one.
+
+    Orbax reads each array in a task and raises the first failure. asyncio reports the others when
+    they are deleted, which may be after the error message.
+    """
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _end_with_reader() -> NoReturn:

@@ -334,19 +334,25 @@ def test_only_an_interrupted_training_is_said_to_resume(
     assert last.endswith("(training resumes from its last checkpoint)") == resumes
 
 
-def test_request_that_ends_after_its_event_loop_is_not_reported(tmp_path: pathlib.Path) -> None:
+def test_requests_that_fail_after_the_first_are_not_reported(tmp_path: pathlib.Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import asyncio\nfrom inception_jax import cli\n"
         "class Request:\n    def __del__(self):\n        loop.call_soon_threadsafe(print)\n"
         "class Other:\n    def __del__(self):\n        raise ValueError('another')\n"
-        "loop = asyncio.new_event_loop()\nloop.close()\n"
-        "def main(_):\n    Request()\n    Other()\n    raise cli.UserError('failed')\n"
+        "async def read(name):\n    raise ValueError(name)\n"
+        "async def read_all():\n"
+        "    tasks = [asyncio.ensure_future(read(name)) for name in ('first', 'second')]\n"
+        "    await asyncio.wait(tasks)\n"
+        "loop = asyncio.new_event_loop()\n"
+        "def main(_):\n    loop.run_until_complete(read_all())\n    loop.close()\n"
+        "    Request()\n    Other()\n    raise cli.UserError('failed')\n"
         "cli.run(main, '')\n"
     )
     done = run_script(script)
     assert done.returncode == 2 and done.stderr.endswith("error: failed\n")
     assert "ValueError: another" in done.stderr and "Event loop" not in done.stderr
+    assert "never retrieved" not in done.stderr and "ValueError: second" not in done.stderr
 
 
 # What stands at the other end of a command, and around it.
