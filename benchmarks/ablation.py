@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import command, measure
+from inception_jax.console import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 f"{statistics.fmean(run['seconds'] for run in runs) / 60:.1f}",
             ]
         )
-    return measure.markdown_table(head, rows)
+    return markdown_table(head, rows)
 
 
 def main() -> None:

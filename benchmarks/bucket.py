@@ -31,6 +31,7 @@ from benchmarks import measure
 from benchmarks.contenders import ours_step
 from inception_jax import config as configs
 from inception_jax import experiment
+from inception_jax.console import markdown_table
 from inception_jax.storage import buckets, paths
 from inception_jax.training.checkpoints import Checkpoints
 from inception_jax.training.initialization import create_state
@@ -165,7 +166,7 @@ def report(result: dict[str, Any]) -> str:
         [place, *(f"{each[name]['median']:.2f} s" for name in _TIMES)]
         for place, each in result["seconds"].items()
     ]
-    lines = [measure.markdown_table(["place", "save blocks", "until it counts", "restore"], rows)]
+    lines = [markdown_table(["place", "save blocks", "until it counts", "restore"], rows)]
     if traffic := result["traffic"]:
         lines.append(
             f"A save and a restore of {result['state_bytes'] / 1e6:.1f} MB: "

@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import measure
 from inception_jax import config as configs
 from inception_jax.config import Config
+from inception_jax.console import markdown_table
 
 if TYPE_CHECKING:
     from inception_jax.reporting.diagnosis import Diagnosis
@@ -406,7 +407,7 @@ def report(results: Mapping[str, Any]) -> str:
             ]
         )
     head = ["run", "fault", "verdict", "advice followed", "top-1 and loss", "afterwards"]
-    return measure.markdown_table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _figures(each: Mapping[str, Any] | None) -> str:

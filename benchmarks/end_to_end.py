@@ -26,6 +26,7 @@ from benchmarks.step_time import SHARED_GPU
 from inception_jax import cli, load_config
 from inception_jax import config as configs
 from inception_jax.config import Config
+from inception_jax.console import markdown_table
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -141,11 +142,7 @@ def main() -> None:
         ]
         for name in results
     ]
-    print(
-        measure.markdown_table(
-            [arguments.experiment, "images/s", "low–high", "spread", "samples"], rows
-        )
-    )
+    print(markdown_table([arguments.experiment, "images/s", "low–high", "spread", "samples"], rows))
     print(f"\nThe command is {100 * result['loss']:.1f}% slower than the bare step")
 
 

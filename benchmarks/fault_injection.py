@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import killable_run, measure
+from inception_jax.console import markdown_table
 from inception_jax.storage import buckets, paths
 from tests import gcs
 
@@ -267,7 +268,7 @@ def report(results: dict[str, Any]) -> str:
         for phase, what in killable_run.PHASES.items()
     ]
     rows.append(["all", *(f"{results['kills']}",) * 2, ""])
-    table = measure.markdown_table(["phase", "aimed at", "killed in", "description"], rows)
+    table = markdown_table(["phase", "aimed at", "killed in", "description"], rows)
     return (
         f"{table}\n\n{results['runs']} runs finished, each bit-identical to an undisturbed run: "
         f"{results['arrays']} arrays ({results['bytes']:,} bytes) and {results['lines']} lines of "

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks import measure, step_time
+from inception_jax.console import markdown_table
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,7 +63,7 @@ def report(results: dict[str, Any]) -> str:
         [name, *(f"{1e3 * each[key]:.1f}" for key in ("median", "low", "high"))]
         for name, each in results["seconds"].items()
     ]
-    table = measure.markdown_table(["flags", "ms/step", "lowest", "highest"], rows)
+    table = markdown_table(["flags", "ms/step", "lowest", "highest"], rows)
     return f"{table}\n\nratio of medians: {results['ratio']:.4f}"
 
 

@@ -29,6 +29,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import ablation, command, compute, measure
+from inception_jax.console import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -444,7 +445,7 @@ def table(found: Sequence[Point]) -> str:
             ]
         )
     head = ["Recipe", "Data", "Top-1", "Top-5", "PFLOP", "Seeds", "Minutes"]
-    return measure.markdown_table(head, rows)
+    return markdown_table(head, rows)
 
 
 def peer_table(peers: Sequence[Peer]) -> str:
@@ -528,7 +529,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     if arguments.list:
         head = ["recipe", "data", "PFLOP", "aim"]
-        print(measure.markdown_table(head, [_listed(*each) for each in recipes.items()]))
+        print(markdown_table(head, [_listed(*each) for each in recipes.items()]))
         return
     if unknown := set(arguments.names) - set(recipes):
         raise measure.BenchmarkError(

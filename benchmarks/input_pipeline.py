@@ -34,6 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import measure, workers
+from inception_jax.console import markdown_table
 
 CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ours": ("benchmarks.contenders.ours_input", {"storage": "decoded"}),
@@ -171,7 +172,7 @@ def report(entries: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     head = ["batches", "to", "images/s", "low–high", "spread", "images/CPU-s", "ours/this"]
-    return measure.markdown_table([*head, "memory growth, MB"], rows)
+    return markdown_table([*head, "memory growth, MB"], rows)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

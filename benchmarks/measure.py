@@ -14,7 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -164,22 +164,6 @@ def stored_programs(path: pathlib.Path | None) -> list[dict[str, Any]]:
 def has_row(rows: Iterable[dict[str, Any]], **values: Any) -> bool:
     """Whether one of some rows has all these values."""
     return any(all(row[name] == value for name, value in values.items()) for row in rows)
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table; all columns but the first are right-aligned."""
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-
-    def text(line: Sequence[str]) -> str:
-        cells = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        return f"| {' | '.join(cells)} |"
-
-    rule = [("-" * width if not i else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
-    return "\n".join([text(lines[0]), f"| {' | '.join(rule)} |", *map(text, lines[1:])])
 
 
 def log(line: str) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import measure, step_time
+from inception_jax.console import markdown_table
 
 
 class Operation(NamedTuple):
@@ -115,9 +116,7 @@ def report(ops: Sequence[Operation], origin: Mapping[str, str], steps: int, top:
         ]
         for each in ops[:top]
     ]
-    return measure.markdown_table(
-        ["operation", "ms/step", "% of time", "calls", "kernel", "source"], rows
-    )
+    return markdown_table(["operation", "ms/step", "% of time", "calls", "kernel", "source"], rows)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import measure
+from inception_jax.console import markdown_table
 
 EXPERIMENTS = (
     "tiny",
@@ -184,7 +185,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
     head = ["experiment, target", "batch", "program", "GiB", "M cycles", "ms"]
     head += ["images/s", "minutes", "compiled in s"]
-    return measure.markdown_table(head, lines)
+    return markdown_table(head, lines)
 
 
 def main() -> None:

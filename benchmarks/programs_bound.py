@@ -39,6 +39,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import measure
+from inception_jax.console import markdown_table
 from inception_jax.programs import audit
 
 _STORED = 2  # Bytes of an activation.
@@ -305,7 +306,7 @@ def report(result: dict[str, Any]) -> str:
     memory, computed = result["device_memory"], total["accessed"] - result["moved"]
     return "\n".join(
         [
-            measure.markdown_table(head, lines),
+            markdown_table(head, lines),
             "",
             f"Compiled without moves between memories ({mb(result['moved'])} MB): "
             f"{computed / total['needed']:.1f} times what is needed, "

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import measure, programs
+from inception_jax.console import markdown_table
 
 if TYPE_CHECKING:
     from inception_jax.programs.compile import Program
@@ -140,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
     head = ["step", "batch", "GFLOP/image", "MB/image", "k cycles/image", "roofline, ms"]
     head += ["estimate, ms", "published, ms", "compiled in s"]
-    return measure.markdown_table(head, lines)
+    return markdown_table(head, lines)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks import input_pipeline, measure, startup, step_time, workers
 from benchmarks.contenders import network
+from inception_jax.console import markdown_table
 
 RESULTS = measure.ROOT / "benchmarks" / "results"
 # Smaller relative changes are considered noise.
@@ -240,9 +241,7 @@ def report(
                 f"{100 * moved[name]:+.0f}%" if name in moved else "",
             ]
         )
-    return measure.markdown_table(
-        ["measurement", "now", "unit", "spread", "before", "change"], rows
-    )
+    return markdown_table(["measurement", "now", "unit", "spread", "before", "change"], rows)
 
 
 def max_spreads(

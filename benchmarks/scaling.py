@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks import measure, workers
 from benchmarks.contenders import network
 from benchmarks.step_time import CLASSES, DTYPES, SHARED_GPU
+from inception_jax.console import markdown_table
 
 # For each axis, its name in the settings of a contender, and its default points.
 AXES: Mapping[str, tuple[str, tuple[float, ...]]] = {
@@ -125,7 +126,7 @@ def report(entries: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     head = ["ms/step", "spread", "images/s", "GF/s", "growth", "work"]
-    return measure.markdown_table([first["axis"], *head], rows)
+    return markdown_table([first["axis"], *head], rows)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import command, measure
+from inception_jax.console import markdown_table
 
 Interval = tuple[float, float]
 
@@ -159,7 +160,7 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> str:
             ]
         )
     head = ["start", "s to first step", "low–high", "explained: total", *PHASES, "rest"]
-    return measure.markdown_table(head, rows)
+    return markdown_table(head, rows)
 
 
 def main() -> None:

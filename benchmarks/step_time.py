@@ -34,6 +34,7 @@ from typing import Any
 
 from benchmarks import measure, workers
 from benchmarks.contenders import network
+from inception_jax.console import markdown_table
 
 MODULES = {
     "ours": ("benchmarks.contenders.ours_step", None),
@@ -209,7 +210,7 @@ def report(entries: Sequence[Mapping[str, Any]], modes: Sequence[str]) -> str:
                     ]
                 )
         head = ["dtype", "ms/step", "low–high", "spread", "images/s", "ours/this", "of peak"]
-        parts.append(measure.markdown_table([mode, *head], rows))
+        parts.append(markdown_table([mode, *head], rows))
     return "\n\n".join(parts)
 
 

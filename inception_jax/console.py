@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -65,6 +65,38 @@ def log(line: str) -> None:
         sys.stderr.flush()
     else:
         print(line, file=sys.stderr, flush=True)
+
+
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = (0,)
+) -> str:
+    """Returns an aligned table in Markdown.
+
+    Args:
+      head: names of the columns.
+      rows: their cells, as many as columns.
+      left: the columns whose text begins at the left, from 0; that of others ends at the right.
+
+    Returns:
+      The lines, without a final newline.
+
+    >>> print(markdown_table(["what", "n"], [["images", "1,000"]]))
+    | what   |     n |
+    | ------ | ----: |
+    | images | 1,000 |
+    """
+    cells = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * n if i in left else "-" * (n - 1) + ":" for i, n in enumerate(widths)]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in (cells[0], rule, *cells[1:])
+    )
 
 
 class Progress:

@@ -4,6 +4,7 @@ import csv
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from inception_jax.console import markdown_table
 from inception_jax.inspection.structure import Block, Layer, Shape, Structure
 from inception_jax.storage import atomic, paths
 
@@ -70,24 +71,13 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """Returns the table as aligned Markdown, numbers right-aligned, followed by the notes."""
-        numeric = [
-            any(isinstance(line[column], int) for line in self.lines)
+        left = [
+            column
             for column in range(len(self.head))
+            if not any(isinstance(line[column], int) for line in self.lines)
         ]
-        cells = [list(self.head), *([_format_cell(cell) for cell in line] for line in self.lines)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        rule = [
-            "-" * (width - 1) + ":" if right else "-" * width
-            for width, right in zip(widths, numeric, strict=True)
-        ]
-        aligned = [
-            [
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(line, widths, numeric, strict=True)
-            ]
-            for line in (cells[0], rule, *cells[1:])
-        ]
-        lines = "".join(f"| {' | '.join(line)} |\n" for line in aligned)
+        cells = [[_format_cell(cell) for cell in line] for line in self.lines]
+        lines = markdown_table(self.head, cells, left=left) + "\n"
         return f"{lines}\n{self.notes}" if self.notes else lines
 
     def write(self, folder: paths.Path) -> list[paths.Path]:

@@ -129,14 +129,19 @@ def _write_quantized(path: "paths.Path", weights: "Weights") -> "Weights":
     _write_file(path, onnx.with_description(int8_data, quantized, precision="int8"))
     print(f"{dataset.name}, {dataset.eval_split}; calibrated on {count} training images")
     top5 = after.top5 is not None
-    print(f"| ONNX | MB | top-1 |{' top-5 |' if top5 else ''} images | images/s |")
-    print(f"| --- | --: | --: |{' --: |' if top5 else ''} --: | --: |")
-    for each in (before, after):
-        print(
-            f"| {each.precision} | {each.megabytes:.1f} | {each.top1:.2f}% |"
-            f"{f' {each.top5:.2f}% |' if top5 else ''} {each.count:,} | "
-            f"{each.images_per_second:,.0f} |"
-        )
+    head = ["ONNX", "MB", "top-1", *(["top-5"] if top5 else []), "images", "images/s"]
+    rows = [
+        [
+            each.precision,
+            f"{each.megabytes:.1f}",
+            f"{each.top1:.2f}%",
+            *([f"{each.top5:.2f}%"] if top5 else []),
+            f"{each.count:,}",
+            f"{each.images_per_second:,.0f}",
+        ]
+        for each in (before, after)
+    ]
+    print(console.markdown_table(head, rows))
     # The first recovers most: all 1.1 points for MiniGoogLeNet on digits; more images recover 0.3.
     remedies = [] if _FLOAT_ENDS.value else ["--float_ends"]
     if count < len(train):

@@ -21,15 +21,6 @@ def test_summary_of_several_measurements() -> None:
     assert summary.to_dict() == {"median": 2.0, "low": 1.0, "high": 4.0, "count": 3, "spread": 1.5}
 
 
-def test_table_is_aligned_markdown() -> None:
-    assert measure.markdown_table(["what", "n"], [["a", "1"], ["bcdef", "1,000"]]).split("\n") == [
-        "| what  |     n |",
-        "| ----- | ----: |",
-        "| a     |     1 |",
-        "| bcdef | 1,000 |",
-    ]
-
-
 def test_results_describe_their_environment(tmp_path: pathlib.Path) -> None:
     measure.write_json(tmp_path / "new" / "file.json", {"environment": measure.environment()})
     environment = json.loads((tmp_path / "new" / "file.json").read_text())["environment"]
