@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from inception_jax.datasets.sources.files import FolderSource, Source
 from inception_jax.datasets.sources.tar_source import TarSource, decompressor
 from inception_jax.datasets.sources.zip_source import ZipSource
-from inception_jax.errors import DataError
+from inception_jax.errors import DataError, join_truncated
 
 _UNPACK = "unpack it and use the folder"
 # First bytes, description and remedy of unsupported files.
@@ -101,8 +101,7 @@ def mention_archives(files: Iterable[str]) -> str:
     archives = sorted((file for file in files if file.lower().endswith(_ARCHIVES)), key=len)
     if not archives:
         return ""
-    named = ", ".join(archives[:_MAX_NAMED]) + (", …" if len(archives) > _MAX_NAMED else "")
     return (
-        f" It contains archives, which are not searched: {named}. Use one of them as the "
-        "source, or unpack them."
+        " It contains archives, which are not searched: "
+        f"{join_truncated(archives, _MAX_NAMED)}. Use one of them as the source, or unpack them."
     )

@@ -521,3 +521,5 @@ def test_nested_archives_are_named(tmp_path: pathlib.Path, name: str) -> None:
     ):
         classes(path)
     assert opening.mention_archives(["a/1.jpg"]) == ""
+    many = opening.mention_archives(f"{number}.zip" for number in range(9))
+    assert ": 0.zip, 1.zip, 2.zip, 3.zip, 4.zip and 4 more. Use one" in many
