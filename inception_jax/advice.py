@@ -13,7 +13,7 @@ _MAX_LENGTH = 300
 # Out of memory, on the device or the host.
 _OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|bad_alloc|cannot allocate memory|unable to allocate|"
-    r"failed to allocate|CUDA_ERROR_OUT_OF_MEMORY|STATUS_ALLOC_FAILED|ran out of memory",
+    r"failed to allocate|CUDA_ERROR_OUT_OF_MEMORY|STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
 _HOST_MEMORY = re.compile(

@@ -54,8 +54,9 @@ _WITH_UNIT = re.compile(r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([a-zA-Z%]+)")
 # The command line that config_flags sees. It also looks for --config in it when the flag is
 # defined, before any command line is parsed.
 _config_argv = ["", "--config="]
-# Previous values of the mappings to which the command line added entries, which config_flags does
-# not know.
+# The entries of mappings that the command line sets, which config_flags does not know, and the
+# mappings' previous values.
+_entries_set: set[str] = set()
 _mappings_before: dict[str, Any] = {}
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
@@ -238,13 +239,9 @@ def require_with(name: str, other: str, value: str = "") -> None:
     flags.register_multi_flags_validator([name, other], check)
 
 
-def overrides() -> dict[str, Any]:
-    """Returns the settings that the command line sets, by path, with their previous values."""
-    return _mappings_before | {
-        # config_flags defines a flag for each override; its default is the experiment's value.
-        path: flags.FLAGS[f"config.{path}"].default
-        for path in config_flags.get_override_values(flags.FLAGS["config"])
-    }
+def overrides() -> set[str]:
+    """Returns the paths of the settings, and of entries of mappings, that the command line sets."""
+    return _entries_set | config_flags.get_override_values(flags.FLAGS["config"]).keys()
 
 
 def experiment() -> dict[str, Any]:
@@ -260,11 +257,14 @@ def experiment() -> dict[str, Any]:
     own: dict[str, Any] = {}
     if file.endswith(".json"):
         record = configs.read_record(paths.user_path(file, f"--config={file}"))
-        before = record.experiment or {"file": file, "own": {}}
-        file, own = before["file"], dict(before["own"])
-    for path, value in overrides().items():
-        own.setdefault(path, value)
-    own = {path: configs.plain(value) for path, value in own.items()}
+        recorded = record.experiment or {"file": file, "own": {}}
+        file, own = recorded["file"], recorded["own"]
+    # config_flags defines a flag for each override; its default is the experiment's value.
+    before = _mappings_before | {
+        path: flags.FLAGS[f"config.{path}"].default
+        for path in config_flags.get_override_values(flags.FLAGS["config"])
+    }
+    own = {path: configs.plain(value) for path, value in (before | own).items()}
     now = {path: configs.plain(configs.get(flags.FLAGS.config, path)) for path in own}
     return {"file": file, "own": {path: own[path] for path in own if own[path] != now[path]}}
 
@@ -496,6 +496,8 @@ def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def _put_entries(entries: Mapping[str, str]) -> None:
     """Sets entries of mappings in the parsed configuration."""
     _mappings_before.clear()
+    _entries_set.clear()
+    _entries_set.update(entries)
     for path, text in entries.items():
         mapping, _ = configs.mapping_of(path)
         _mappings_before.setdefault(

@@ -205,7 +205,7 @@ def register_parts(path: paths.Path, prefix: str = "") -> None:
     """
     path = _require_local(path, f"{prefix}{path}")
     if not path.is_file():
-        raise UserError(f"{path}: {_describe_missing(path)}")
+        raise UserError(f"{prefix}{path}: {_describe_missing(path)}")
     token = _registering_file.set(str(path))
     try:
         with _imported(path):
@@ -213,7 +213,7 @@ def register_parts(path: paths.Path, prefix: str = "") -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: {_describe_failure(error, path)}") from error
+        raise UserError(f"{prefix}{path}: {_describe_failure(error, path)}") from error
     finally:
         _registering_file.reset(token)
 

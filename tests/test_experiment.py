@@ -95,6 +95,13 @@ def test_missing_import_says_where_to_copy_the_file(
         ij.load_config(path)
 
 
+@pytest.mark.parametrize("line", ["", "raise ValueError('no')"], ids=["missing", "failing"])
+def test_message_about_parts_names_the_flag(line: str, tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "parts.py", line) if line else tmp_path / "parts.py"
+    with pytest.raises(UserError, match=f"^--parts={path}: "):
+        experiment.register_parts(path, "--parts=")
+
+
 @pytest.fixture
 def blur(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file that registers an augmentation, which is unregistered after the test."""

@@ -23,7 +23,6 @@ from inception_jax.config.fields import (
 from inception_jax.config.other_names import RENAMED as RENAMED, current_path as current_path
 from inception_jax.config.schema import (
     BIT_DEPTHS as BIT_DEPTHS,
-    DTYPES as DTYPES,
     CONV5X5 as CONV5X5,
     NORMS as NORMS,
     OPEN as OPEN,

@@ -137,8 +137,7 @@ def fill_open(config: Config, values: Mapping[str, Any]) -> Config:
     filled = copy.deepcopy(config)
     for path, value in values.items():
         if is_open(config, path):
-            group, _, name = path.rpartition(".")
-            setattr(get(filled, group), name, copy.copy(value))
+            put(filled, path, value)
     return filled
 
 

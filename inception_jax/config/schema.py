@@ -55,7 +55,7 @@ def setting(
       resumable: whether a run may be resumed with a different value. Not so for a field that
         determines the shape of the state, or which examples a step sees.
       per_host: whether the processes of a run on several hosts may have different values.
-      path: whether it is a local path; '' = none.
+      path: whether it is the path of a file or folder, maybe in a bucket; '' = none.
       duration: whether it is a duration (see `durations`), or a tuple of durations.
       registry: the kind of registered part that the value, or each of its values, names; '' = none.
     """

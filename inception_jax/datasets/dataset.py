@@ -92,11 +92,12 @@ class Dataset:
         if evaluation is not None and len(evaluation) != 2:
             raise ConfigError(f"evaluation: must be (images, labels), got {len(evaluation)} values")
         pixels = arrays.as_pixel_array(images, "images")
-        classes = len(arrays.check_class_names(class_names, "class_names")) if class_names else 0
-        known = arrays.check_labels(labels, len(pixels), "labels", classes=classes)
-        if not class_names:
+        unnamed = isinstance(class_names, Sequence) and not class_names
+        names = () if unnamed else arrays.check_class_names(class_names, "class_names")
+        known = arrays.check_labels(labels, len(pixels), "labels", classes=len(names))
+        if not names:
             arrays.check_contiguous_labels(known)
-        class_names = tuple(class_names) or arrays.numbered_names(int(known.max()) + 1)
+            names = arrays.numbered_names(int(known.max()) + 1)
         size = image_size or min(pixels.shape[1:3])
         if evaluation is None:
             if not 0 < val_fraction < 1:
@@ -115,7 +116,7 @@ class Dataset:
             train = arrays.make_split(pixels, known, np.arange(len(pixels)), size)
             others = arrays.as_pixel_array(evaluation[0], "evaluation[0]")
             theirs = arrays.check_labels(
-                evaluation[1], len(others), "evaluation[1]", classes=len(class_names)
+                evaluation[1], len(others), "evaluation[1]", classes=len(names)
             )
             test = arrays.make_split(others, theirs, np.arange(len(others)), size)
         mean, std = arrays.statistics(train.pixels)
@@ -123,7 +124,7 @@ class Dataset:
             name=name,
             version=arrays.version(train, test),
             image_size=size,
-            class_names=class_names,
+            class_names=names,
             mean=mean.astype(np.float32),
             std=np.where(std > 0, std, 1).astype(np.float32),
             splits={"train": train, "validation": test},
@@ -252,7 +253,7 @@ def _find_or_prepare(
             if info is None:
                 if found.info is None and found.problem:
                     recipe.log(f"{recipe.cache_dir}: {found.problem}; rebuilding it")
-                with preparation.translate_disk_errors(recipe.directory):
+                with preparation.translate_disk_errors(recipe):
                     info = preparation.build(recipe)
             preparation.upload(recipe, check)
             return info, is_new

@@ -127,7 +127,7 @@ def build(recipe: Recipe) -> cache.Info:
 
 
 def _check_space(recipe: Recipe, needed: int) -> None:
-    what = "preparing this data set (config.data.directory)"
+    what = f"preparing this data set ({recipe.folder_setting})"
     check_space(recipe.directory, needed, what, error=DataError)
 
 
@@ -212,7 +212,7 @@ def _remove_caches(recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def translate_disk_errors(directory: pathlib.Path) -> Iterator[None]:
+def translate_disk_errors(recipe: Recipe) -> Iterator[None]:
     """Converts errors of a full or failing disk to DataError."""
     try:
         yield
@@ -224,7 +224,7 @@ def translate_disk_errors(directory: pathlib.Path) -> Iterator[None]:
         if not reason or isinstance(error, PermissionError):
             raise
         raise DataError(
-            f"config.data.directory: cannot write to {directory}: {reason}. Free disk space, or "
-            "use another directory, and rerun the command; partial files are cleaned up "
+            f"{recipe.folder_setting}: cannot write to {recipe.directory}: {reason}. Free disk "
+            "space, or use another directory, and rerun the command; partial files are cleaned up "
             "automatically"
         ) from error

@@ -236,11 +236,8 @@ class Recipe:
             name = tfds_folders.top_folder(self.data.tfds)
         return self._copy(self.directory / name, ["dataset_info.json"])
 
-    def fetch_records(self, *, metadata_only: bool = False) -> str:
+    def fetch_records(self, *, metadata_only: bool = False) -> None:
         """Copies the records from a bucket, or only the files that describe them.
-
-        Returns:
-          The version of the bucket's folder; '': there is none, or the data are local.
 
         Raises:
           BucketError: if the bucket cannot be read.
@@ -248,14 +245,15 @@ class Recipe:
         """
         copy = self.records_copy
         if copy is None:
-            return ""
+            return
         if metadata_only:
-            return copy.fetch(_is_metadata)
-        if not self.part.locate:
-            return copy.fetch()
-        folder = tfds_folders.find(self.data.tfds, self.directory, lambda line: None).folder
-        below = folder.relative_to(copy.local).as_posix()
-        return copy.fetch(lambda name: _is_metadata(name) or name.startswith(f"{below}/"))
+            copy.fetch(_is_metadata)
+        elif not self.part.locate:
+            copy.fetch()
+        else:
+            folder = tfds_folders.find(self.data.tfds, self.directory, lambda line: None).folder
+            below = folder.relative_to(copy.local).as_posix()
+            copy.fetch(lambda name: _is_metadata(name) or name.startswith(f"{below}/"))
 
     def _copy(
         self, folder: pathlib.Path, complete_files: Sequence[str]

@@ -352,18 +352,17 @@ def evaluate_checkpoint(
         step = checkpoints.resolve(which)
         roles = checkpoints.roles(step)
         model = checkpoints.restore_model(step, states.abstract_state(run).model_item())
-    count = len(run.dataset.evaluation)
-    batch_size = pipeline.eval_batch_size(count, limit=run.config.evaluation.batch_size)
+    evaluator = Evaluator(run)
     log(
-        f"evaluating step {step:,} on {count:,} {run.dataset.eval_split} images in batches of "
-        f"{batch_size:,}; compiling first"
+        f"evaluating step {step:,} on {len(run.dataset.evaluation):,} {run.dataset.eval_split} "
+        f"images in batches of {evaluator.batch_size:,}; compiling first"
     )
     return {
         "checkpoint": roles,
         "step": step,
         "epoch": run.timeline.epoch(step),
         "split": run.dataset.eval_split,
-        **summary(Evaluator(run)(states.eval_variables(**model))),
+        **summary(evaluator(states.eval_variables(**model))),
     }
 
 

@@ -127,7 +127,7 @@ def measure_accuracy(
         # The number of classes ranked above the true one; among equal logits the lower label wins.
         true_logit = logits[np.arange(len(labels)), labels][:, None]
         ahead = np.arange(logits.shape[1]) < labels[:, None]
-        rank = ((logits > true_logit) | ((logits == true_logit) & ahead)).sum(1)
+        rank = ((logits > true_logit) | ((logits == true_logit) & ahead) | np.isnan(logits)).sum(1)
         correct += (rank < 1).sum(), (rank < 5).sum()
     seconds = time.perf_counter() - start
     top1, top5 = (100 * correct / len(split)).tolist()

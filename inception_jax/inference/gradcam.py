@@ -135,10 +135,11 @@ class Explainer:
 
 def _unknown_layer(layer: str, modules: Mapping[str, str], known: list[str]) -> str:
     listing = ", ".join(f"{path} ({grid})" for path, grid in modules.items())
+    inner = next((path for path in known if path.rpartition("/")[0] in modules), "")
+    inside = f", or one inside them, such as {inner}" if inner else ""
     return (
         f"--layer={layer}: no such layer, or its output is not a feature map."
-        f"{nearest(layer, known)} Use one of {listing}, or one inside them, such as "
-        "inception_4b/conv_3x3"
+        f"{nearest(layer, known)} Use one of {listing}{inside}"
     )
 
 

@@ -175,14 +175,10 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
     name = network.display_name if isinstance(network, protocol.Adapter) else config.model.name
     sizes = [("data.image_size", config.data.image_size)]
     sizes += [("train.image_sizes", size) for size in config.train.image_sizes]
-    default = config.data.image_size  # Used where a size is 0.
-    sizes += [("evaluation.image_size", config.evaluation.image_size or default)]
-    sizes += [
-        (f"evaluations.{name}.size", view.size or default)
-        for name, view in config.evaluations.items()
-    ]
+    sizes += [("evaluation.image_size", config.evaluation.image_size)]
+    sizes += [(f"evaluations.{each}.size", view.size) for each, view in config.evaluations.items()]
     for path, size in sizes:
-        if size < min_size:
+        if 0 < size < min_size:  # 0: data.image_size.
             raise ConfigError(
                 f"config.{path} = {size}: must be at least {min_size} px for {name}; increase it, "
                 "or use a model or stem that downsamples less"

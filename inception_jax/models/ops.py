@@ -255,18 +255,14 @@ def _weight_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
     return jnp.einsum("pri,pro->pio", x, gradient).sum(0)
 
 
-def _taps(x: jax.Array, size: int, paddings: Paddings) -> list[jax.Array]:
-    """Returns the input of each kernel tap: size * size images [B, H', W', I], row by row."""
-    if size == 1 and paddings == NO_PADDING:
-        return [x]
-    x = _materialize(jnp.pad(x, ((0, 0), *paddings, (0, 0))))
-    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
-    return [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
-
-
 def _patches(x: jax.Array, size: int, paddings: Paddings) -> jax.Array:
     """Returns the pixels of each `size` x `size` window: [B, H', W', size * size * I]."""
-    return jnp.concatenate(_taps(x, size, paddings), axis=-1)
+    if size == 1 and paddings == NO_PADDING:
+        return x
+    x = _materialize(jnp.pad(x, ((0, 0), *paddings, (0, 0))))
+    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
+    taps = [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
+    return jnp.concatenate(taps, axis=-1)
 
 
 def max_pool(x: jax.Array, *, window: int, stride: int, rewrite: Rewrite = "") -> jax.Array:

@@ -162,7 +162,7 @@ def _evaluation_batches(this: Run, batch_size: int) -> dict[int, int]:
     # Evaluations of the same images after the same step share their passes over them.
     passes = {}
     for name, view in evaluator.views.items():
-        every = this.timeline.steps(view.every or default) or total
+        every = this.timeline.steps(view.every) or this.timeline.steps(default) or total
         steps = {*range(every, total, every), total}
         flips, shifts = {False, view.flip_tta}, {0, view.shift_tta, -view.shift_tta}
         for each in itertools.product(steps, [evaluator.input_key(name)], flips, shifts):

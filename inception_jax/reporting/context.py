@@ -395,15 +395,14 @@ def overridden_settings(record: RunRecord) -> list[Values]:
     if record.config is None or not record.experiment:
         return []
     # The location of the data is not part of a recipe.
-    recipe = {
-        path: tuple(value) if isinstance(value, list) else value
+    return [
+        {
+            "path": path,
+            "experiment": tuple(value) if isinstance(value, list) else value,
+            "run": configs.get(record.config, path),
+        }
         for path, value in record.experiment["own"].items()
         if path not in ("data.directory", "data.source")
-    }
-    return [
-        {"path": path, "experiment": value, "run": configs.get(record.config, path)}
-        for path, value in recipe.items()
-        if configs.get(record.config, path) != value
     ]
 
 

@@ -100,10 +100,10 @@ def check_output_file(path: paths.Path, flag: str) -> None:
     Raises:
       UserError: if it cannot be written.
     """
+    if paths.is_local(path) and path.is_dir():
+        raise UserError(f"--{flag}={path}: is a folder; must be a file, such as {path / 'FILE'}")
     if path.parent == path or str(path.parent) == "gs://":
         raise UserError(f"--{flag}={path}: must be a file, not a whole bucket; use {path}/FILE")
-    if paths.is_local(path) and path.is_dir():
-        raise UserError(f"--{flag}={path}: is a folder; must be a file, such as {path}/FILE")
     with _as_flag_error(path, flag):
         if paths.is_local(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -122,11 +122,10 @@ def local_path(typed: "str | os.PathLike[str]", what: str) -> pathlib.Path:
     Raises:
       UserError: as `user_path`; also if the path is in a bucket.
     """
-    if reason := find_problem(os.fspath(typed), local_only=True):
+    text = os.fspath(typed)
+    if reason := find_problem(text, local_only=True):
         raise UserError(f"{what}: {reason}")
-    path = user_path(typed, what)
-    assert is_local(path)
-    return path
+    return pathlib.Path(os.path.expanduser(text))
 
 
 def user_cache() -> pathlib.Path:

@@ -60,10 +60,8 @@ def compile_and_log(
 
 def last_seconds(kind: str) -> float | None:
     """Returns the seconds of the last compilation of this kind; None if unknown."""
-    with contextlib.suppress(OSError, ValueError):
-        seconds = _load_seconds().get(kind)
-        return seconds if isinstance(seconds, int | float) else None
-    return None
+    seconds = _load_seconds().get(kind)
+    return seconds if isinstance(seconds, int | float) else None
 
 
 @functools.cache
@@ -90,17 +88,14 @@ def _seconds_file() -> pathlib.Path | None:
 
 
 def _load_seconds() -> dict[str, Any]:
-    path = _seconds_file()
-    values = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    values = None
+    with contextlib.suppress(OSError, ValueError):
+        if path := _seconds_file():
+            values = json.loads(path.read_text(encoding="utf-8"))
     return values if isinstance(values, dict) else {}
 
 
 def _store_seconds(kind: str, elapsed: float) -> None:
     """Stores the seconds of a compilation."""
     if path := _seconds_file():
-        try:
-            values = _load_seconds()
-        except ValueError:
-            values = {}
-        with atomic.replacing(path) as temporary:
-            temporary.write_text(json.dumps(values | {kind: round(elapsed, 1)}, indent=1))
+        atomic.write_json(path, _load_seconds() | {kind: round(elapsed, 1)})

@@ -86,15 +86,13 @@ def main(positional: Sequence[str]) -> None:
 
 
 def _write_stablehlo(path: "paths.Path", weights: "Weights") -> None:
-    import json
-
     from inception_jax.export import program, stablehlo
+    from inception_jax.storage import atomic
 
     data = stablehlo.export(weights)
     _verify(weights, stablehlo.load(data))
     _write_file(path, data)
-    metadata = json.dumps(program.export_metadata(weights), indent=2)
-    _write_file(path.with_name(f"{path.name}.json"), f"{metadata}\n".encode())
+    atomic.write_json(path.with_name(f"{path.name}.json"), program.export_metadata(weights))
 
 
 def _onnx_file(weights: "Weights") -> bytes:

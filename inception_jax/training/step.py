@@ -67,26 +67,21 @@ def compile_train_steps(
       empty if no step remains.
     """
 
-    def lower(image_size: int) -> jax.stages.Lowered:
-        return lower_train_step(run, abstract_state, image_size)
-
-    def compile_lowered(image_size: int, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        what = f"training step for {image_size} px"
+    def compile_step(size: int, lowered: jax.stages.Lowered | None) -> jax.stages.Compiled:
+        lowered = lowered or lower_train_step(run, abstract_state, size)
+        what = f"training step for {size} px"
         kind = f"{what}, {run.compilation_key()}"
         seconds = compilations.last_seconds(kind)
         estimate = "" if seconds is None else f" (about {seconds:.0f} s last time)"
         log(f"{what}: compiling{estimate}, or loading from the compilation cache")
         return compilations.compile_and_log(lowered, what, kind, log)
 
-    def trace_and_compile(image_size: int) -> jax.stages.Compiled:
-        return compile_lowered(image_size, lower(image_size))
-
     steps: dict[int, CompiledStep] = {}
     for size in run.train_image_sizes(first):
-        if not steps:
-            steps[size] = background.submit(compile_lowered, size, lower(size))
-        elif size not in steps:
-            steps[size] = background.submit(trace_and_compile, size)
+        if size not in steps:
+            # The others are traced while the first compiles.
+            lowered = None if steps else lower_train_step(run, abstract_state, size)
+            steps[size] = background.submit(compile_step, size, lowered)
     return steps
 
 

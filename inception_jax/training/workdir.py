@@ -249,18 +249,16 @@ def restore_overrides(
       previous: record of earlier starts.
       config: settings of this start; changed in place.
       experiment: origin of the settings, as returned by `cli.experiment`.
-      given: paths of the settings that this start overrides.
+      given: paths of the settings, and entries of mappings, that this start overrides.
       log: called with a line that names the changed settings.
 
     Returns:
       The updated `experiment`.
     """
     own = dict(experiment["own"])
-    if previous.record is None:
+    if previous.record is None or not previous.record.experiment:
         return {**experiment, "own": own}
     old, origin = previous.record.config, previous.record.experiment
-    if not origin:
-        return {**experiment, "own": own}
     restored: list[str] = []
     same_file = _resolved(origin["file"]) == _resolved(experiment["file"])
     chosen = tuple(path for path in configs.OPEN if configs.is_open(config, path))
@@ -269,46 +267,42 @@ def restore_overrides(
     ):
         for path in origin["own"]:
             value, here = configs.get(old, path), configs.get(config, path)
-            if path not in given and value != here:
-                configs.put(config, path, value)
-                own[path] = configs.plain(here)
-                restored.append(f"config.{path} = {value!r}")
-            elif path in given and configs.is_mapping(path):
-                entries = _kept_entries(path, value, origin["own"][path], here, own[path])
-                for entry, kept in entries.items():
-                    configs.put(config, f"{path}.{entry}", kept)
-                    restored.append(f"config.{path}.{entry} = {kept!r}")
+            if configs.is_mapping(path):
+                changed = _changed_entries(path, value, origin["own"][path], here)
+            else:
+                changed = {path: value} if value != here else {}
+            for each, kept in changed.items():
+                if each not in given:
+                    own.setdefault(path, configs.plain(here))
+                    configs.put(config, each, kept)
+                    restored.append(f"config.{each} = {kept!r}")
     if restored:
         log(f"kept from this run's start, as not on this command line: {', '.join(restored)}")
     return {**experiment, "own": own}
 
 
-def _kept_entries(
-    path: str, recorded: Any, recorded_own: Any, here: Any, own: Any
-) -> dict[str, Any]:
-    """Returns the entries of a mapping that earlier starts set and this one does not.
+def _changed_entries(path: str, recorded: Any, recorded_own: Any, here: Any) -> dict[str, Any]:
+    """Returns the entries of a mapping, by path, that earlier starts set and this one has not.
 
     Args:
       path: of the setting.
       recorded, here: its value in the record and in this start.
-      recorded_own, own: the experiment's value of it, then and now.
+      recorded_own: the experiment's value of it when it was recorded.
     """
     group = configs.entry_group(path)
     default = {name: configs.plain(group()) for name in (*recorded, *here)} if group else {}
-    old, old_own, new, new_own = (
-        configs.flatten(default | configs.plain(each))
-        for each in (recorded, recorded_own, here, own)
+    old, old_own, new = (
+        configs.flatten(default | configs.plain(each)) for each in (recorded, recorded_own, here)
     )
     return {
-        entry: value
+        f"{path}.{entry}": value
         for entry, value in old.items()
-        if value != old_own.get(entry) and new.get(entry) == new_own.get(entry) != value
+        if value not in (old_own.get(entry), new.get(entry))
     }
 
 
 def _resolved(file: str) -> paths.Path:
-    path = paths.user_path(file, file)
-    return path.resolve() if paths.is_local(path) else path
+    return paths.absolute(paths.user_path(file, file))
 
 
 def _experiment_settings(
@@ -316,7 +310,7 @@ def _experiment_settings(
 ) -> dict[str, Any]:
     """Returns the experiment's own value of each setting by path, except those in `chosen`."""
     values = {path: configs.plain(configs.get(config, path)) for path, _, _ in configs.leaves()}
-    values |= dict(experiment["own"])
+    values |= experiment["own"]
     return {path: value for path, value in values.items() if path not in chosen}
 
 

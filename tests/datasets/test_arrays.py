@@ -58,6 +58,14 @@ def test_grayscale_images_are_resized_and_evaluated() -> None:
     assert Dataset.from_arrays(images, [0, 1] * 3).image_size == 10
 
 
+@pytest.mark.parametrize("names", [[3, 7], (3, 7), np.array(["3", "7"]), np.array([3, 7])])
+def test_class_names_may_be_numbers_or_an_array(names: Any) -> None:
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    dataset = Dataset.from_arrays(images, [0, 1] * 3, class_names=names)
+    assert dataset.class_names == ("3", "7")
+    assert all(type(name) is str for name in dataset.class_names)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -43,6 +43,14 @@ def test_ties_go_to_the_lower_label() -> None:
     assert (accuracy.top1, accuracy.top5) == (25, 75)
 
 
+def test_images_without_finite_logits_are_wrong() -> None:
+    split = Fixed(np.array([0, 1, 4, 5], np.int32), 1)
+    accuracy = quantization.measure_accuracy(
+        "", lambda pixels: np.full((len(pixels), 7), np.nan), split, size=0
+    )
+    assert (accuracy.top1, accuracy.top5) == (0, 0)
+
+
 @pytest.mark.parametrize(("top1", "warned"), [(55.0, True), (59.0, False), (61.0, False)])
 def test_warns_if_accuracy_drops_more_than_a_point(top1: float, warned: bool) -> None:
     before, after = (

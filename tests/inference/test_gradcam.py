@@ -127,6 +127,8 @@ def test_unknown_layer_is_rejected_with_alternatives(predictor: Predictor) -> No
     assert "--layer=inception_4c: no such layer" in message
     assert "Did you mean inception_" in message
     assert "inception_3a (4 × 4)" in message and "inception_4b (2 × 2)" in message
+    inner = message.rpartition("such as ")[2]
+    assert "/" in inner and Explainer(predictor, inner).layer == inner
     with pytest.raises(ConfigError):
         Explainer(predictor, "classifier")
 

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from inception_jax import config as configs
 from inception_jax.programs import compile as programs
 from inception_jax.programs import projection, targets
 from inception_jax.programs.audit import Audit, Operation
@@ -101,12 +102,15 @@ def test_a_recipe_counts_all_steps_and_evaluations(
     config = narrow.config()
     config.train.duration, config.evaluation.every = "100 steps", "30 steps"
     config.evaluation.flip_tta = True
+    # Without an interval of its own, as in training.
+    configs.put(config, "evaluations.shifted.every", "0 steps")
+    configs.put(config, "evaluations.shifted.shift_tta", 1)
     this = programs.assemble(config, targets.get("v5e-8"), model=small.Network())
     second, tenth = operation(cycles=10**7), operation(cycles=10**6)
     evaluation = dataclasses.replace(program(tenth, purpose="evaluate"), batch_size=104)
     found = projection.recipe(this, [program(second), evaluation], TARGET)
     assert found.images_per_second == pytest.approx((64, 64))
-    # Four evaluations of 360 images in four batches each. That of mirror images shares the images
-    # as they are.
-    forwards = 4 * 4 * 2
+    # Four evaluations of 360 images in four batches each: as they are, which all three share,
+    # mirrored, and shifted in two directions.
+    forwards = 4 * 4 * 4
     assert found.minutes == pytest.approx([(100 + 0.1 * forwards) / 60] * 2)

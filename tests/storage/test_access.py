@@ -73,6 +73,9 @@ def test_output_file_must_be_a_file(bucket: str, tmp_path: pathlib.Path) -> None
         access.check_output_file(paths.user_path(bucket, "--output"), "output")
     with pytest.raises(UserError, match="is a folder; must be a file"):
         access.check_output_file(tmp_path, "output")
+    for folder in (".", "/"):
+        with pytest.raises(UserError, match=r"is a folder; must be a file, such as /?FILE"):
+            access.check_output_file(pathlib.Path(folder), "output")
 
 
 def test_missing_bucket_is_not_a_missing_file() -> None:

@@ -1,3 +1,4 @@
+import copy
 import json
 import pathlib
 from typing import Any
@@ -180,10 +181,13 @@ def restore_overrides(
     folder: Workdir, config: Config, file: str, given: dict[str, object]
 ) -> tuple[dict[str, object], list[str]]:
     """Returns the experiment after a start with some overrides, and the log."""
-    own = {}
+    own: dict[str, object] = {}
     for path, value in given.items():
-        own[path] = configs.get(config, path)
+        mapping, entry = configs.mapping_of(path)
+        setting = mapping if entry else path
+        own.setdefault(setting, copy.deepcopy(configs.get(config, setting)))
         configs.put(config, path, value)
+    own = {path: value for path, value in own.items() if value != configs.get(config, path)}
     experiment = {"file": file, "own": own}
     log: list[str] = []
     return workdirs.restore_overrides(
@@ -260,8 +264,9 @@ def test_entries_of_mappings_are_restored_one_by_one(tmp_path: pathlib.Path) -> 
     folder = started(tmp_path, before, {"evaluations": {}, "augment.options": {}})
     config = Config()
     given = {
-        "evaluations": {"a": {"examples": 70}, "b": {"shift_tta": 2}},
-        "augment.options": {"angle": 9},
+        "evaluations.a.examples": 70,
+        "evaluations.b.shift_tta": 2,
+        "augment.options.angle": 9,
     }
     _, log = restore_overrides(folder, config, "a.py", given)
     assert config.evaluations == {
@@ -272,6 +277,23 @@ def test_entries_of_mappings_are_restored_one_by_one(tmp_path: pathlib.Path) -> 
     assert log == [
         "kept from this run's start, as not on this command line: "
         "config.augment.options.strength = 0.3, config.evaluations.a.flip_tta = True"
+    ]
+
+
+def test_given_entry_wins_even_if_it_is_the_default(tmp_path: pathlib.Path) -> None:
+    own = {"probability": 0.5, "strength": 1}
+    before, config = Config(), Config()
+    before.augment.options = own | {"probability": 0.2, "strength": 2}
+    config.augment.options = dict(own)
+    folder = started(tmp_path, before, {"augment.options": own})
+    experiment, log = restore_overrides(
+        folder, config, "a.py", {"augment.options.probability": 0.5}
+    )
+    assert config.augment.options == {"probability": 0.5, "strength": 2}
+    assert experiment["own"] == {"augment.options": own}
+    assert log == [
+        "kept from this run's start, as not on this command line: "
+        "config.augment.options.strength = 2"
     ]
 
 

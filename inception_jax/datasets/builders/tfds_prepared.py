@@ -5,7 +5,7 @@ TFDS's builders need TensorFlow to prepare a data set; this module reads the res
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,6 @@ from inception_jax.errors import DataError
 
 # Features that can name an example, in order of preference.
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "id", "image_id", "image/id")
-# Images inspected at a time.
-_CHUNK_SIZE = 16
 
 
 class PreparedTfds:
@@ -98,12 +96,11 @@ class PreparedTfds:
         depth = 0
         for split, known in self.info.splits.items():
             records = Records(self.files(split), self.fields)
-            inspect = functools.partial(_max_bit_depth, records)
             label = f"{self.name}: inspecting {split}"
             with Progress(label, known.num_examples, log=self._log) as progress:
-                for chunk in decode.chunks(range(known.num_examples), _CHUNK_SIZE):
-                    depth = max(depth, inspect(chunk))
-                    progress.update(len(chunk))
+                for example in map(records.read_one, range(known.num_examples)):
+                    depth = max(depth, decode.inspect(example.image, example.file_name).bit_depth)
+                    progress.update(1)
         return {"bit_depth": depth}
 
     def is_prepared(self) -> bool:
@@ -117,13 +114,6 @@ class PreparedTfds:
     def files(self, split: str) -> list[pathlib.Path]:
         """Returns the record files of a split, in order."""
         return [pathlib.Path(path) for path in self.info.splits[split].filepaths]
-
-
-def _max_bit_depth(records: Records, indices: Sequence[int]) -> int:
-    inspections = [
-        decode.inspect(each.image, each.file_name) for each in records.read(list(indices))
-    ]
-    return max(each.bit_depth for each in inspections)
 
 
 def _open(folder: pathlib.Path) -> tfds.core.DatasetInfo:

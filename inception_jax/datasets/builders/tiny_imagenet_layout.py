@@ -112,7 +112,7 @@ def open_source(path: str | os.PathLike[str], *, scratch: pathlib.Path | None = 
     if not path.exists():
         raise DataError(
             f"config.data.source = {str(path)!r}: no such file or folder; set it to {FOLDER}.zip "
-            "or the extracted folder, or leave it empty to download the official archive"
+            "or the extracted folder"
         )
     source = opening.open_path(path, is_hidden=folders.is_hidden, scratch=scratch)
     try:

@@ -6,7 +6,6 @@ import os
 import pathlib
 import stat
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import NamedTuple
 
 from inception_jax.errors import DataError
@@ -67,12 +66,7 @@ class Source(abc.ABC):
     def __enter__(self) -> "Source":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def enter(self, root: str) -> None:
