@@ -402,9 +402,10 @@ def _unexpected(error: Exception) -> str:
 
 def _again() -> str:
     """Returns the advice to repeat the command."""
-    # Only the command that trains has the flag.
-    trains = _parsed_flags().get("mode", "eval") != "eval"
-    note = " (training resumes from its last checkpoint)" if trains else ""
+    given = _parsed_flags()
+    # Only the command that trains has the first flag.
+    trains = given.get("mode", "eval") != "eval" and not given.get("print_config")
+    note = " (training resumes from its last checkpoint, if there is one)" if trains else ""
     return f"rerun the same command{note}"
 
 

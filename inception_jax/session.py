@@ -35,7 +35,7 @@ class Origin(NamedTuple):
 
     Attributes:
       experiment: the file, and its values of the overridden settings, as in `cli.experiment`.
-      overridden: paths of the settings overridden on the command line.
+      overridden: paths of the settings, and of entries of mappings, set on the command line.
     """
 
     experiment: Mapping[str, Any]
@@ -110,9 +110,10 @@ def settings_in_use(config: Config, location: paths.Path | None, *, origin: Orig
         _, config, _, experiment = _resolve_settings(workdir, config, origin, {})
         recorded = str(workdir.location_of(workdir.config))
     assert experiment is not None, "its origin is known"
+    set_here = {configs.mapping_of(each)[0] or each for each in origin.overridden}
     origins: dict[str, str] = {}
     for name, _, _ in configs.leaves():
-        if name in origin.overridden:
+        if name in set_here:
             origins[name] = "command line"
         elif configs.is_open(config, name):
             origins[name] = "chosen at startup from the data or hardware"

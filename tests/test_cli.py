@@ -317,7 +317,7 @@ def test_failed_run_ends_with_the_remedy(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "resumes"), [([], True), (["--mode=eval"], False)], ids=["train", "eval"]
+    ("arguments", "resumes"), [([], True), (["--mode=eval"], False), (["--print_config"], False)]
 )
 def test_only_an_interrupted_training_is_said_to_resume(
     arguments: list[str], resumes: bool, tmp_path: pathlib.Path
@@ -331,7 +331,7 @@ def test_only_an_interrupted_training_is_said_to_resume(
     done = run_script(script, f"--config={experiment}", f"--workdir={tmp_path}", *arguments)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: interrupted; rerun the same command")
-    assert last.endswith("(training resumes from its last checkpoint)") == resumes
+    assert last.endswith("(training resumes from its last checkpoint, if there is one)") == resumes
 
 
 def test_requests_that_fail_after_the_first_are_not_reported(tmp_path: pathlib.Path) -> None:

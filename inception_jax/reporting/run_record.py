@@ -237,8 +237,11 @@ def _has_row_of(rows: Sequence[Row], result: Mapping[str, Any]) -> bool:
     return any(
         all(row.get(key) == result.get(key) for key in ("step", "split"))
         # Evaluating a finished run again on another machine rounds differently.
-        and math.isclose(
-            row.get("loss") or math.nan, result.get("loss") or math.nan, rel_tol=_LOSS_TOLERANCE
-        )
+        and math.isclose(_loss(row), _loss(result), rel_tol=_LOSS_TOLERANCE)
         for row in rows
     )
+
+
+def _loss(values: Mapping[str, Any]) -> float:
+    loss = values.get("loss")
+    return math.nan if loss is None else loss

@@ -105,11 +105,11 @@ def check_output_file(path: paths.Path, flag: str) -> None:
     if path.parent == path or str(path.parent) == "gs://":
         raise UserError(f"--{flag}={path}: must be a file, not a whole bucket; use {path}/FILE")
     with _as_flag_error(path, flag):
-        if paths.is_local(path):
+        if not paths.is_local(path):
+            _probe(path)
+        elif not atomic.is_stream(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _probe(path.parent)
-        else:
-            _probe(path)
 
 
 def _probe(path: paths.Path) -> None:

@@ -29,8 +29,9 @@ def make_output_folder(folder: pathlib.Path) -> None:
 def replacing(path: paths.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path to write to, which replaces `path` at the end of the block.
 
-    The contents are flushed to disk before the replacement, or uploaded if `path` is in a bucket.
-    On an error, an earlier file stays as it was and the temporary one is removed.
+    The contents are flushed to disk before the replacement; they are uploaded if `path` is in a
+    bucket, and written to it if it is a device or a pipe. On an error, an earlier file stays as it
+    was and the temporary one is removed.
 
     Args:
       path: the file to write.
@@ -38,11 +39,14 @@ def replacing(path: paths.Path) -> Iterator[pathlib.Path]:
     Raises:
       WriteError: if it cannot be written.
     """
-    if not paths.is_local(path):
+    if not paths.is_local(path) or is_stream(path):
         with tempfile.TemporaryDirectory(prefix="inception_jax-") as folder:
             local = pathlib.Path(folder, path.name)
             yield local
-            buckets.write_bytes(path, local.read_bytes())
+            if paths.is_local(path):
+                path.write_bytes(local.read_bytes())
+            else:
+                buckets.write_bytes(path, local.read_bytes())
         return
     # File systems limit names to 255 bytes, and a character has up to 4.
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}")
@@ -61,6 +65,13 @@ def replacing(path: paths.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: pathlib.Path) -> bool:
+    """Whether a path is a device or a pipe, such as /dev/stdout, which no file may replace."""
+    is_usual = not path.exists() or path.is_file() or path.is_dir()
+    # Behind /dev/stdout may be a usual file.
+    return not is_usual or path.is_relative_to("/dev/")
 
 
 def write_json(path: paths.Path, values: Mapping[str, Any]) -> None:

@@ -5,13 +5,14 @@ import dataclasses
 import pathlib
 import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from inception_jax import cli, console
+from inception_jax import advice, cli, console
 from inception_jax.errors import DataError, UserError
 from inception_jax.storage import access, paths
 
@@ -162,7 +163,15 @@ def _load_with_torch(local: pathlib.Path, path: str) -> dict[str, Any]:
         # the weights, as a Namespace, which is safe, as it contains only values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(local, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        IndexError,
+        struct.error,
+    ) as error:
         object_name = re.search(r"GLOBAL (\S+)", str(error))
         if object_name:
             raise DataError(
@@ -172,7 +181,7 @@ def _load_with_torch(local: pathlib.Path, path: str) -> dict[str, Any]:
                 'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
             ) from error
         raise DataError(
-            f"{path}: not a state dict, or truncated: {str(error).splitlines()[0]}. Copy it again, "
+            f"{path}: not a state dict, or truncated: {advice.first_line(error)}. Copy it again, "
             "or save it again with torch.save(model.state_dict(), FILE)"
         ) from error
     if not isinstance(state, dict):

@@ -262,7 +262,7 @@ def propose(points: Sequence[Point]) -> Proposal | None:
         return None
     start, least = _initial_loss(points, finite), min(finite, key=lambda p: p.smoothed_loss)
     decrease = start - least.smoothed_loss
-    if decrease < MIN_DECREASE_FRACTION * start:
+    if decrease <= MIN_DECREASE_FRACTION * start:
         return None
     flat = next(p for p in finite if start - p.smoothed_loss >= DECREASE_FRACTION * decrease)
     rate = min(least.smoothed_rate / PEAK_DIVISOR, flat.smoothed_rate)

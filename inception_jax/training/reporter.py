@@ -190,8 +190,8 @@ class Reporter:
         streak = f", the first of {times} in a row" if times > 1 else ""
         return RunError(
             f"{what} not finite at step {step}, epoch {self._run.timeline.epoch(step):.2f}"
-            f"{streak}. The last checkpoint's parameters are from before that; the same command "
-            f"resumes from it. {remedies}"
+            f"{streak}. The same command resumes from the last checkpoint, if there is one, whose "
+            f"parameters are from before that. {remedies}"
         )
 
     def report_eval(self, step: int, results: EvalResults) -> None:

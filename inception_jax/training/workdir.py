@@ -272,7 +272,8 @@ def restore_overrides(
             else:
                 changed = {path: value} if value != here else {}
             for each, kept in changed.items():
-                if each not in given:
+                # A value on the command line may itself be a mapping.
+                if not any(f"{each}.".startswith(f"{path}.") for path in given):
                     own.setdefault(path, configs.plain(here))
                     configs.put(config, each, kept)
                     restored.append(f"config.{each} = {kept!r}")

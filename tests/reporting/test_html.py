@@ -338,6 +338,15 @@ def test_evaluation_on_another_machine_is_shown(tmp_path: pathlib.Path) -> None:
     assert run_record.read(Workdir(tmp_path)).evaluated is not None
 
 
+def test_result_with_a_loss_of_zero_is_shown(tmp_path: pathlib.Path) -> None:
+    run_folders.write(tmp_path)
+    lines = [line | {"loss": 0.0} for line in run_folders.lines()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = json.loads((tmp_path / "result.json").read_text()) | {"loss": 0.0}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert run_record.read(Workdir(tmp_path)).result["loss"] == 0
+
+
 def test_comparison_lists_differing_settings(tmp_path: pathlib.Path) -> None:
     one = run_folders.write(tmp_path / "one")
     settings = run_folders.config(

@@ -38,6 +38,12 @@ def test_port_in_use_is_reported_immediately() -> None:
     assert f"--port={port}: cannot listen: Address already in use" in done.stderr
 
 
+def test_name_of_no_host_is_reported() -> None:
+    done = command.run("tools.serve", "--weights=none.safetensors", "--host=127..0.1")
+    assert done.returncode == 2
+    assert done.stderr == "error: --host=127..0.1: is not the name or address of a host\n"
+
+
 def test_missing_extra_says_how_to_install_it() -> None:
     code = (
         "import sys; sys.modules['uvicorn'] = None; sys.argv = ['serve', '--weights=x'];"

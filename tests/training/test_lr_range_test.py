@@ -152,6 +152,10 @@ def test_proposed_rate_is_a_third_of_rate_with_lowest_loss() -> None:
     assert proposal.diverged
 
 
+def test_constant_loss_of_zero_gives_no_proposal() -> None:
+    assert propose(synthetic(lambda x: 0.0)) is None
+
+
 def test_lowest_rate_of_flat_minimum_is_proposed() -> None:
     # Flat from 10^-2, with a marginal minimum at 1.
     points = synthetic(lambda x: 2.3 - 1.5 / (1 + math.exp(-8 * (x + 2.2))) - 0.001 * (x < 0))

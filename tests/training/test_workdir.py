@@ -297,6 +297,14 @@ def test_given_entry_wins_even_if_it_is_the_default(tmp_path: pathlib.Path) -> N
     ]
 
 
+def test_given_entry_may_be_a_mapping(tmp_path: pathlib.Path) -> None:
+    before, config = Config(), Config()
+    before.log.options = {"tags": {"a": 1}}
+    folder = started(tmp_path, before, {"log.options": {}})
+    _, log = restore_overrides(folder, config, "a.py", {"log.options.tags": {"a": 2}})
+    assert config.log.options == {"tags": {"a": 2}} and log == []
+
+
 def test_overrides_are_restored_only_for_same_experiment(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     other = Config(seed=3)

@@ -21,7 +21,7 @@ def bind(host: str, port: int) -> socket.socket:
       port: 0: any free port.
 
     Raises:
-      UserError: if it cannot be bound.
+      UserError: if it cannot be bound, or the host has no valid name.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -30,6 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+    except UnicodeError as error:
+        raise UserError(f"--host={host}: is not the name or address of a host") from error
     except OSError as error:
         raise UserError(
             f"--host={host} --port={port}: cannot listen: {error.strerror}. Use another --port, or "
