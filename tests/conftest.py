@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_programs() -> Iterator[None]:
-    """Frees the compiled programs of a file, which otherwise add up to two gigabytes a process."""
+    """Frees the compiled programs of a file, which tests of other files hardly use."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
