@@ -165,7 +165,9 @@ def test_changed_byte_in_archive_is_detected(
 
 
 def test_missing_path_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"config\.data\.source = .*nowhere'.*tiny-imagenet-200\.zip"):
+    with pytest.raises(
+        DataError, match=r"config\.data\.source = .*nowhere'.*tiny-imagenet-200\.zip"
+    ):
         layout.open_source(tmp_path / "nowhere")
 
 
