@@ -70,8 +70,8 @@ def replacing(path: paths.Path) -> Iterator[pathlib.Path]:
 def is_stream(path: pathlib.Path) -> bool:
     """Whether a path is a device or a pipe, such as /dev/stdout, which no file may replace."""
     is_usual = not path.exists() or path.is_file() or path.is_dir()
-    # Behind /dev/stdout may be a usual file.
-    return not is_usual or path.is_relative_to("/dev/")
+    # Behind /dev/stdout may be a usual file. /dev/shm is an ordinary folder.
+    return not is_usual or str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd")
 
 
 def write_json(path: paths.Path, values: Mapping[str, Any]) -> None:

@@ -35,6 +35,10 @@ def test_pipe_is_written_to_and_stays(tmp_path: pathlib.Path) -> None:
     assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
 
 
+def test_file_in_shared_memory_is_no_stream() -> None:
+    assert not atomic.is_stream(pathlib.Path("/dev/shm/run/config.json"))
+
+
 def test_file_behind_a_device_is_written_to(tmp_path: pathlib.Path) -> None:
     code = (
         "import os, pathlib; from inception_jax.storage import atomic\n"
