@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--latency", type=float, default=0.0, help="only with --emulator")
     parser.add_argument("--experiment", default="experiments/tiny.py")
+    parser.add_argument("--classes", type=int, default=200, help="classes of the dataset")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args(argv)
     if arguments.latency and not arguments.emulator:
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "config": configs.to_dict(config),
             "image_size": config.data.image_size,
             "batch_size": config.train.batch_size,
-            "classes": 200,
+            "classes": arguments.classes,
         }
     )
     state = create_state(network)
@@ -146,6 +147,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 for name in buckets.list_files(folder):
                     buckets.delete(folder / name)
     return {
+        "benchmark": "bucket",
         "environment": measure.environment(),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
         "seconds": {

@@ -207,8 +207,13 @@ def main() -> None:
         environment = measure.environment()
         if record and arguments.details:
             name = f"programs-{experiment}-{target}-{batch_size}.json"
-            measure.write_json(arguments.details / name, {"environment": environment, **record})
-        measure.write_json(arguments.json, {"environment": environment, "programs": rows})
+            measure.write_json(
+                arguments.details / name,
+                {"benchmark": "programs", "environment": environment, **record},
+            )
+        measure.write_json(
+            arguments.json, {"benchmark": "programs", "environment": environment, "programs": rows}
+        )
     print(table(rows))
 
 

@@ -326,7 +326,10 @@ def main() -> None:
     """Runs the command."""
     arguments = parse()
     result = account(arguments)
-    measure.write_json(arguments.json, {"environment": measure.environment(), **result})
+    measure.write_json(
+        arguments.json,
+        {"benchmark": "programs_bound", "environment": measure.environment(), **result},
+    )
     print(report(result))
 
 

@@ -155,7 +155,11 @@ def main() -> None:
                 continue
             measure.log(f"{contender}, {target}")
             rows.append(compile_one(contender, target))
-            result = {"environment": measure.environment(), "programs": rows}
+            result = {
+                "benchmark": "programs_peers",
+                "environment": measure.environment(),
+                "programs": rows,
+            }
             measure.write_json(arguments.json, result)
     print(table(rows))
 

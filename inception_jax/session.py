@@ -76,6 +76,7 @@ def train_and_evaluate(
     stop = join(config)
     workdirs.check_shared(workdir)
     setup = _assemble(config, before, objects)
+    workdirs.check_order(before, setup.dataset)
     evaluator = evaluate.Evaluator(setup)
     return train_run(
         setup,

@@ -135,7 +135,8 @@ def _group_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
 def unrecorded_bit_depth(data_name: str) -> int:
     """Returns the bit depth of data that older versions prepared or used without recording it.
 
-    They assumed that all 16 bits are used. Only image_folder can have 16-bit files; others give 0.
+    Those of image_folder assumed that all 16 bits are used; the others scaled each 16-bit image by
+    its own largest value, which is 0.
     """
     return 16 if data_name == "image_folder" else 0
 

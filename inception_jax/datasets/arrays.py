@@ -113,18 +113,22 @@ def check_labels(
     return array.astype(np.int32)
 
 
-def check_contiguous_labels(labels: np.ndarray) -> None:
-    """Checks that labels, int [N], without class names use all of 0 to K - 1, K ≥ 2.
+def check_contiguous_labels(labels: np.ndarray, what: str) -> None:
+    """Checks that labels without class names use all of 0 to K - 1, K ≥ 2.
+
+    Args:
+      labels: int [N], at least 0.
+      what: describes the labels in errors.
 
     Raises:
       DataError: if a number is missing, or there is only one class.
     """
     occurring = np.unique(labels)
     if len(occurring) < 2:
-        raise DataError("labels: contain only one class; at least two are required")
+        raise DataError(f"{what}: contain only one class; at least two are required")
     if occurring[-1] >= len(occurring):
         raise DataError(
-            f"labels: {len(occurring)} distinct values, up to {occurring[-1]}; must be 0 to "
+            f"{what}: {len(occurring)} distinct values, up to {occurring[-1]}; must be 0 to "
             f"{len(occurring) - 1}; renumber with np.unique(labels, return_inverse=True)[1], or "
             "pass class_names"
         )

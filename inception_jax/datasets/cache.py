@@ -42,6 +42,7 @@ import numpy as np
 from inception_jax import config
 from inception_jax.console import Progress
 from inception_jax.datasets import decode, digests, splits
+from inception_jax.datasets.builders import folders
 from inception_jax.datasets.recipe import Prepared, Recipe
 from inception_jax.datasets.splits import DecodedSplit, RecordSplit, Split
 from inception_jax.errors import DataError, join_truncated
@@ -80,13 +81,22 @@ def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
     if info.get("sha256 of this", "") not in ("", _info_digest(info)):
         return None, "info.json is damaged (checksum mismatch)"
     for file, size in info["files"].items():
-        actual_size = (cache / file).stat().st_size if (cache / file).exists() else 0
+        path = _beside(cache, file)
+        actual_size = path.stat().st_size if path.exists() else 0
         if actual_size != size:
             return None, f"{file} has {actual_size:,} bytes; must have {size:,}"
     for file, digest in info.get("sha256", {}).items():
         if _file_digest(cache / file) != digest:
             return None, f"{file} is damaged (checksum mismatch)"
     return info, ""
+
+
+def _beside(cache: pathlib.Path, file: str) -> pathlib.Path:
+    """Returns the path of a file named in info.json; records are outside of the cache, at "../".
+
+    Following the path instead would lead elsewhere where the folder of caches is a link.
+    """
+    return pathlib.Path(os.path.normpath(cache / file))
 
 
 def _info_digest(info: Info) -> str:
@@ -112,7 +122,7 @@ def open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) -
     # Imports TFDS (0.3 s).
     from inception_jax.datasets.records import Fields, Records
 
-    files = [pathlib.Path(os.path.normpath(cache / file)) for file in info["records"][split]]
+    files = [_beside(cache, file) for file in info["records"][split]]
     return RecordSplit(
         labels,
         data.image_size,
@@ -241,7 +251,7 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
             for split in builder.info.splits
         }
         for file in itertools.chain.from_iterable(info["records"].values()):
-            info["files"][file] = (folder / file).stat().st_size
+            info["files"][file] = _beside(folder, file).stat().st_size
     info["sha256 of this"] = _info_digest(info)
     with _open_synced(folder / "info.json") as file:
         file.write(json.dumps(info, indent=2).encode())
@@ -288,7 +298,8 @@ def _write_split(
                 file.write(chunk.pixels)
             checksums.append(chunk.digests)
             labels.append(chunk.labels)
-            names.write("".join(f"{name}\n" for name in chunk.names).encode())
+            lines = map(folders.escape_for_display, chunk.names)
+            names.write("".join(f"{line}\n" for line in lines).encode())
             total += chunk.total
             squares += chunk.squares
             constant += chunk.constant

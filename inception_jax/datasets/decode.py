@@ -90,18 +90,23 @@ class Inspection(NamedTuple):
     bit_depth: int = 0
 
 
-def verify(data: bytes, name: str) -> None:
+def verify(data: bytes, name: str) -> int:
     """Checks that an encoded image can be decoded completely.
 
     Args:
       data: content of the image file.
       name: of the file, for errors.
 
+    Returns:
+      Its bit depth, as in `Inspection`.
+
     Raises:
       ImageError: if the image is corrupt or truncated.
     """
-    if problem := inspect(data, name).problem:
+    problem, bit_depth = inspect(data, name)
+    if problem:
         raise ImageError(name, len(data), problem)
+    return bit_depth
 
 
 def inspect(data: bytes, name: str = "") -> Inspection:

@@ -96,7 +96,23 @@ def _showing(path: pathlib.Path, instead: paths.Path) -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError) as error:
-        raise type(error)(str(error).replace(str(path), str(instead))) from error
+        error.args = (str(error).replace(str(path), str(instead)),)
+        raise
+
+
+class _FStringsAsTuples(ast.NodeTransformer):
+    """Replaces f-strings, in which Python 3.12 and earlier ones write other quotes, by tuples."""
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.Tuple:
+        """Returns the parts of an f-string."""
+        self.generic_visit(node)
+        return ast.Tuple(node.values, ast.Load())
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.Tuple:
+        """Returns expression, conversion and format of a replacement field."""
+        self.generic_visit(node)
+        parts = [node.value, ast.Constant(node.conversion), node.format_spec or ast.Constant("")]
+        return ast.Tuple(parts, ast.Load())
 
 
 class Change(NamedTuple):
@@ -167,9 +183,10 @@ class Recipe:
 
     @property
     def prepared_paths(self) -> str:
-        """The folders of its prepared data, for remedies in errors."""
+        """The folders of what this program prepared, for remedies in errors."""
         directory = self.remote or self.directory
-        return f"{directory / self.name} and {directory / _CACHES / self.name}-*"
+        caches = f"{directory / _CACHES / self.name}-*"
+        return caches if self.part.locate else f"{directory / self.name} and {caches}"
 
     def original(self, path: pathlib.Path) -> paths.Path:
         """Returns what a path below `directory` is a copy of; the path itself if it is not."""
@@ -277,23 +294,34 @@ class Recipe:
             settings["options"] = json.loads(json.dumps(options))
         return settings
 
-    @functools.cached_property
+    @property
     def code(self) -> str:
         """A digest of the function that returns the examples; '': none, or no source code.
 
         Ignores comments, formatting and the functions that it calls.
         """
+        return self._code_digests[0]
+
+    @functools.cached_property
+    def _code_digests(self) -> tuple[str, str]:
+        """The digest of the function's code, and that of older versions of this program."""
         if self.part.is_builder:
-            return ""
+            return "", ""
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(self.part.build)))
         except (OSError, TypeError, SyntaxError):
-            return ""
+            return "", ""
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 node.decorator_list = []
-        text = f"{ast.unparse(tree)}\n{list(self.part.class_names)}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+        def digest() -> str:
+            text = f"{ast.unparse(tree)}\n{list(self.part.class_names)}"
+            return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+        old = digest()
+        tree = _FStringsAsTuples().visit(tree)
+        return digest(), old
 
     def contents(self, path: pathlib.Path) -> files.Contents:
         """Returns the current identity of a source.
@@ -327,12 +355,20 @@ class Recipe:
                     f"config.data.{name} = {now!r}: {where} was prepared with {value!r}",
                     f"Set config.data.{name}={value}",
                 )
-        if self.code and prepared.code and self.code != prepared.code:
+        if self.code and prepared.code and prepared.code not in self._code_digests:
             return Change(
                 f"{self.part.location}: the code of {self.name!r} has changed since it prepared "
                 f"{where}",
                 "Restore the code",
             )
+        if self.part.locate and prepared.digest:
+            build = tfds_folders.find(self.data.tfds, self.directory, lambda line: None).folder
+            if prepared.digest != tfds_folders.fingerprint(build):
+                return Change(
+                    f"config.data.tfds = {self.data.tfds!r}: {where} was prepared from another "
+                    f"build of {self.original(build)}",
+                    "Restore that build",
+                )
         path = self.source
         if self.part.content_is_canonical or path is None:
             return None

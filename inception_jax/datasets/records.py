@@ -134,5 +134,6 @@ class Records:
 def _damaged_error(file: pathlib.Path, what: str) -> DataError:
     return DataError(
         f"{file}: {what}. The data set is damaged; remove the folder {file.parent} and rerun to "
-        "prepare it again from its source"
+        "prepare it again from its source or, if TFDS's commands prepared it, run tfds build "
+        "--overwrite"
     )

@@ -188,7 +188,7 @@ class _GuardedWriter:
         try:
             yield
         except Exception as error:
-            resume = "then rerun the same command to resume from the last checkpoint"
+            resume = "then rerun the same command to continue from the saved files"
             if not self._part.is_builtin:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 raise WriteError(

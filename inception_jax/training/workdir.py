@@ -23,7 +23,7 @@ from inception_jax.storage import access, atomic, buckets, integrity, paths
 from inception_jax.storage.workdir import Workdir
 
 # Key of the class names in a data set's record.
-_CLASS_NAMES = "class names"
+_CLASS_NAMES, _ORDER = "class names", "training file names"
 _EMPTY: Mapping[str, str] = {}
 
 
@@ -338,11 +338,38 @@ def dataset_identity(dataset: Dataset) -> dict[str, Any]:
 
 def dataset_record(dataset: Dataset) -> dict[str, Any]:
     """Returns a data set's entry in config.json: its identity, and what else readers need."""
-    record = dataset_identity(dataset)
+    record = dataset_identity(dataset) | {_ORDER: _order(dataset)}
     if (overlap := dataset.eval_train_overlap) is not None:
         record["evaluated and trained on"] = dataclasses.asdict(overlap)
     # Every float32 is exact as a double, so reading the text gives the same bits.
     return record | {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
+
+
+def _order(dataset: Dataset) -> str:
+    """Returns a checksum of the training examples' names in their order."""
+    return dataset.train.names_checksum[:16]
+
+
+def check_order(previous: PreviousRun, dataset: Dataset) -> None:
+    """Checks that a resumed run gets its training examples in the same order.
+
+    A folder and its archive may give other orders; then batches would change, and examples that
+    were held out might be trained on.
+
+    Args:
+      previous: record of earlier starts; those of older versions lack the checksum.
+      dataset: this start's data set.
+
+    Raises:
+      CheckpointError: if names or order differ.
+    """
+    recorded = previous.record.dataset.get(_ORDER) if previous.record else None
+    if recorded and recorded != _order(dataset):
+        raise _other_run_error(
+            previous.workdir,
+            [f"data set's {_ORDER}: others, or in another order"],
+            "Use data prepared from the same folder or archive, or another --workdir",
+        )
 
 
 def check_dataset(previous: PreviousRun, dataset: Mapping[str, Any]) -> None:

@@ -443,6 +443,20 @@ def test_errors_about_a_source_show_where_it_is(bucket: str, tmp_path: pathlib.P
         prepare(images(bucket, tmp_path, source), log=quiet)
 
 
+def test_damaged_image_of_a_source_in_a_bucket_is_named(
+    bucket: str, tmp_path: pathlib.Path
+) -> None:
+    files = archives.tiny_imagenet_files(2, 4, 2, 2, 16)
+    damaged = next(file for file in files if file.endswith("_0.JPEG"))
+    archive = archives.write_files(tmp_path / "x.zip", files | {damaged: files[damaged][:200]})
+    source = f"{bucket}/tiny.zip"
+    buckets.write_bytes(remote(source), archive.read_bytes())
+    settings = images(bucket, tmp_path / "host", source)
+    settings.name = "tiny_imagenet_subset"
+    with pytest.raises(DataError, match=rf"^{source}: .*{damaged}: not a readable image"):
+        prepare(settings, log=quiet)
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_interrupted_download_of_a_source_is_resumed(
     bucket: str, gcs: Proxy, tmp_path: pathlib.Path

@@ -7,10 +7,12 @@ import pytest
 
 from inception_jax import config as configs
 from inception_jax.config import Config
+from inception_jax.datasets.dataset import prepare
 from inception_jax.errors import CheckpointError, UserError
 from inception_jax.storage import atomic
 from inception_jax.storage.workdir import Workdir
 from inception_jax.training import workdir as workdirs
+from tests import archives
 
 DATASET: dict[str, Any] = {"name": "digits", "classes": 10, "class names": list("0123456789")}
 
@@ -20,6 +22,7 @@ def start_run(
 ) -> Workdir:
     """Returns a workdir in which a run has saved a checkpoint."""
     folder = Workdir(path)
+    path.mkdir(exist_ok=True)
     workdirs.record_start(
         workdirs.load_previous_run(folder), config, step=0, changed=[], dataset=dataset
     )
@@ -88,6 +91,25 @@ def test_other_classes_are_rejected(tmp_path: pathlib.Path, names: list[str], me
     workdirs.check_dataset(workdirs.load_previous_run(folder), before)
     with pytest.raises(CheckpointError, match=message):
         workdirs.check_dataset(workdirs.load_previous_run(folder), before | {"class names": names})
+
+
+def test_other_order_of_the_training_images_is_rejected(tmp_path: pathlib.Path) -> None:
+    """As of a folder and its archive, whose paths begin differently."""
+    files, datasets = archives.class_folders({"ant": 20, "bee": 20}), []
+    for number, root in enumerate(("", "pictures")):
+        source = archives.write_files(tmp_path / f"{number}.zip", files, root)
+        directory = tmp_path / f"data{number}"
+        settings = configs.Data(
+            name="image_folder", source=str(source), directory=str(directory), image_size=16
+        )
+        datasets.append(prepare(settings, log=lambda line: None))
+    assert workdirs.dataset_identity(datasets[0]) == workdirs.dataset_identity(datasets[1])
+    folder = start_run(tmp_path / "run", Config(), dataset=workdirs.dataset_record(datasets[0]))
+    workdirs.check_order(workdirs.load_previous_run(folder), datasets[0])
+    with pytest.raises(CheckpointError, match="training file names: others, or in another order"):
+        workdirs.check_order(workdirs.load_previous_run(folder), datasets[1])
+    older = start_run(tmp_path / "older", Config(), dataset=workdirs.dataset_identity(datasets[0]))
+    workdirs.check_order(workdirs.load_previous_run(older), datasets[1])
 
 
 def test_record_without_class_names_is_accepted(tmp_path: pathlib.Path) -> None:

@@ -58,7 +58,7 @@ _AS_CLASSES = "config.data.layout=classes"
 _SYSTEM_FILES = {
     # Windows.
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "autorun.inf"),
-    *("system volume information", "$recycle.bin", "recycler", "recycled"),
+    *("system volume information", "$recycle.bin"),
     # macOS, its shares, and the same name as displayed by other systems.
     *("__macosx", "icon\r", "icon\uf00d", "network trash folder", "temporary items"),
     "thevolumesettingsfolder",
@@ -119,6 +119,7 @@ class Layout:
       program_files: files, and folders ending in '/', written by this program.
       ignored: these and all other paths that do not belong to the data set.
       imageless_folders: folders next to the class folders that contain only notes and the like.
+      broken_links: links where class or split folders are expected, which cannot be followed.
     """
 
     splits: dict[str, list[LabeledFile]]
@@ -129,6 +130,7 @@ class Layout:
     program_files: Collection[str] = ()
     ignored: Sequence[str] = ()
     imageless_folders: Sequence[str] = ()
+    broken_links: Sequence[str] = ()
 
     @property
     def files(self) -> list[str]:
@@ -265,6 +267,7 @@ def layout(source: Source, mode: str = "auto") -> Layout:
             program_files=program_files,
             ignored=ignored,
             imageless_folders=_child_folders(start, without_images & _folders_above(sidecars)),
+            broken_links=_broken_links(source, [start]),
         )
     below = {split: _enter_split(folder, tree) for split, folder in split_folders.items()}
     folders = {split: inner for split, (inner, _) in below.items()}
@@ -306,7 +309,19 @@ def layout(source: Source, mode: str = "auto") -> Layout:
         program_files,
         ignored,
         imageless_folders=_child_folders(root, without_images & _folders_above(sidecars)),
+        broken_links=_broken_links(
+            source, [start, *(f"{start}{folder}/" for folder in folders.values())]
+        ),
     )
+
+
+def _broken_links(source: Source, parents: Collection[str]) -> list[str]:
+    """Returns the links directly in some folders that cannot be followed and name no image."""
+    return [
+        link
+        for link in source.links
+        if link[: link.rfind("/") + 1] in parents and not has_image_extension(link)
+    ]
 
 
 def _program_files(source: Source) -> set[str]:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import operator
 import re
 import types
-from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -169,25 +170,25 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
                     f"{what}: {len(part):,} {'labels' if part is value[1] else 'names'} for "
                     f"{len(images):,} images; must be one per image"
                 )
-        return _ReturnedSplit(split, zip(images, *value[1:], strict=True), len(images), labels)
+        # Iterating over arrays of other libraries may yield arrays.
+        plain = [labels if labels.dtype.kind in "iu" else value[1], *value[2:]]
+        return _ReturnedSplit(split, zip(images, *plain, strict=True), len(images), labels)
 
     def _class_names(self, names: Any) -> tuple[str, ...]:
         if names is None or not isinstance(names, Sized) or len(names):
             return arrays.check_class_names(names, f"{self._prefix}, class names")
-        most = 0
-        for split, returned_split in self._splits.items():
-            if returned_split.labels is None:
-                raise DataError(
-                    f"{self._prefix}, split {split!r}: is an iterable of examples, whose labels "
-                    "are unknown until all are read; set the class names with "
-                    "register_dataset(..., class_names=[...])"
-                )
-            what = f"{self._prefix}, split {split!r}, labels"
-            known = arrays.check_labels(
-                returned_split.labels, returned_split.count, what, unknown=True
+        split = self._recipe.part.train_split
+        returned_split = self._splits[split]
+        if returned_split.labels is None:
+            raise DataError(
+                f"{self._prefix}, split {split!r}: is an iterable of examples, whose labels are "
+                "unknown until all are read; set the class names with register_dataset(..., "
+                "class_names=[...])"
             )
-            most = max(most, int(known.max(initial=0)))
-        return arrays.numbered_names(most + 1)
+        what = f"{self._prefix}, split {split!r}, labels"
+        known = arrays.check_labels(returned_split.labels, returned_split.count, what)
+        arrays.check_contiguous_labels(known, what)
+        return arrays.numbered_names(int(known.max()) + 1)
 
     def _check_labels(self, split: str, returned_split: _ReturnedSplit) -> None:
         assert returned_split.labels is not None
@@ -218,15 +219,32 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
     def examples(self, items: _ReturnedSplit) -> Generator[base.KeyedExample, None, None]:
         """Yields the examples, checked and encoded in threads."""
         work = functools.partial(self._features, items.split)
+        examples = self._guarded(items)
         index = -1
-        for index, features in enumerate(
-            decode.threaded_map(work, enumerate(items.examples), _CHUNK_SIZE)
+        for index, (features, bit_depth) in enumerate(
+            decode.threaded_map(work, enumerate(examples), _CHUNK_SIZE)
         ):
+            # TFDS writes the metadata after the last example.
+            known = self.info.metadata.get("bit_depth", 0)
+            self.info.metadata["bit_depth"] = max(known, bit_depth)
             yield f"{items.split}_{index:08d}", features
         if index < 0:
             raise DataError(f"{self._prefix}, split {items.split!r}: contains no examples")
 
-    def _features(self, split: str, numbered: tuple[int, Any]) -> dict[str, Any]:
+    def _guarded(self, items: _ReturnedSplit) -> Iterator[Any]:
+        """Yields what the function returned; a generator of its runs only now, and may fail."""
+        iterator = iter(items.examples)
+        what = f"the data set {self._recipe.name!r}, split {items.split!r},"
+        while True:
+            with registry.as_config_error(self._recipe.part, what):
+                try:
+                    example = next(iterator)
+                except StopIteration:
+                    return
+            yield example
+
+    def _features(self, split: str, numbered: tuple[int, Any]) -> tuple[dict[str, Any], int]:
+        """Returns the features of an example, and its bit depth, as in `decode.Inspection`."""
         number, example = numbered
         what = f"{self._prefix}, split {split!r}, example {number:,}"
         if not isinstance(example, tuple | list) or len(example) not in (2, 3):
@@ -235,26 +253,31 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
                 "label, name)"
             )
         image, label, name = (*example, f"{split}_{number:06d}")[:3]
+        bit_depth = 0
         if isinstance(image, bytes):
-            decode.verify(image, what)
+            bit_depth = decode.verify(image, what)
         else:
             arrays.check_image(image, what)
             image = base.to_png(image)
         if not isinstance(name, str):
             raise DataError(f"{what}: its name has type {type(name).__name__}; must be a string")
-        return {
+        features = {
             "image": image,
             "label": self._label(label, what),
             "file_name": folders.escape_for_display(name),
         }
+        return features, bit_depth
 
     def _label(self, label: Any, what: str) -> int:
         if isinstance(label, str) and label in self._classes:
             return self._classes.index(label)
-        is_number = isinstance(label, int | np.integer) and not isinstance(label, bool)
-        if not is_number or not -1 <= label < len(self._classes):
+        try:
+            number = -2 if isinstance(label, bool) else operator.index(label)
+        except TypeError:
+            number = -2
+        if not -1 <= number < len(self._classes):
             raise DataError(
                 f"{what}: label = {label!r}: must be 0 to {len(self._classes) - 1}, the name of "
                 f"one of the {len(self._classes)} classes, or -1 if unknown"
             )
-        return int(label)
+        return number

@@ -72,6 +72,12 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             self.source, encoding=self._encoding, scratch=pathlib.Path(self.data_dir_root)
         )
         layout = folders.layout(self._files, self._layout_mode)
+        if links := layout.broken_links:
+            raise DataError(
+                f"{self._files.path}: {folders.quote_and_join(links)}: found a link that cannot be "
+                "followed where the classes are. If it led to a class, restore what it leads to or "
+                "store that in the archive (tar --dereference, zip without -y); otherwise remove it"
+            )
         self._log_layout(layout)
         self._make_splits(layout)
 
@@ -127,7 +133,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
         self._classes, self._splits, self._skipped = layout.classes, splits, problems
         self._digest = self._files.fingerprint(layout.files)
         self._bytes = sum(self._files.sizes[entry.file] for entry in entries)
-        self._check_counts()
+        self._check_counts(layout)
 
     def _inspect(
         self, entries: Sequence[folders.LabeledFile]
@@ -192,7 +198,7 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
             + "".join(lines)
         )
 
-    def _check_counts(self) -> None:
+    def _check_counts(self, layout: folders.Layout) -> None:
         counts = collections.Counter(entry.label for entry in self._splits[folders.TRAIN])
         if empty := [name for name in self._classes if not counts[name]]:
             raise DataError(
@@ -201,10 +207,15 @@ class ImageFolder(base.ImageBuilder, skip_registration=True):  # type: ignore[ca
                 "class folders"
             )
         if not self._splits[folders.VALIDATION]:
-            raise DataError(
-                f"{self._files.path}: no images are left for evaluation. Add images until at "
-                "least one class has two, or add val/ with one folder per class"
-            )
+            if layout.has_validation:
+                folder = layout.folders[folders.VALIDATION]
+                remedy = f"Add images to {folder}/, or remove it to hold out training images"
+            else:
+                remedy = (
+                    "Add images until at least one class has two, or add val/ with one folder per "
+                    "class"
+                )
+            raise DataError(f"{self._files.path}: no images are left for evaluation. {remedy}")
 
     def class_names_and_metadata(self) -> tuple[Sequence[str], dict[str, Any]]:
         """Returns the class names, and metadata: source, settings used, and files skipped."""

@@ -3,6 +3,7 @@
 <directory>/<name>[/<config>]/<version>/dataset_info.json, features.json, records
 """
 
+import hashlib
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -108,6 +109,18 @@ def find(text: str, directory: pathlib.Path, log: Callable[[str], None]) -> Prep
             f"(set config.data.tfds={text}:{versions[0]} for another)"
         )
     return PreparedLocation(name, chosen, version, folder / version)
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+    """Returns a digest of a build's description: its features, classes, counts and sizes.
+
+    Args:
+      folder: of a version.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _versions(folder: pathlib.Path) -> list[str]:

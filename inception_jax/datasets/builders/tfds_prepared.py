@@ -90,9 +90,10 @@ class PreparedTfds:
 
     @functools.cached_property
     def facts(self) -> Mapping[str, Any]:
-        """Metadata: the bit depth of 16-bit images, as required by their largest value."""
+        """Metadata: a digest of this build, and the bit depth that 16-bit images require."""
+        facts = {"source_digest": tfds_folders.fingerprint(self.data_dir)}
         if self.info.features[self.fields.image].np_dtype != np.uint16:
-            return {}
+            return facts
         depth = 0
         for split, known in self.info.splits.items():
             records = Records(self.files(split), self.fields)
@@ -101,7 +102,7 @@ class PreparedTfds:
                 for example in map(records.read_one, range(known.num_examples)):
                     depth = max(depth, decode.inspect(example.image, example.file_name).bit_depth)
                     progress.update(1)
-        return {"bit_depth": depth}
+        return facts | {"bit_depth": depth}
 
     def is_prepared(self) -> bool:
         """Returns True: the constructor fails otherwise."""

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from inception_jax.datasets import decode
-from inception_jax.datasets.builders import base
+from inception_jax.datasets.builders import base, folders
 from inception_jax.datasets.builders import tiny_imagenet_layout as layout
 from inception_jax.datasets.sources import download
 from inception_jax.errors import DataError
@@ -96,13 +96,14 @@ class TinyImagenetSubset(base.ImageBuilder):
         label = {wnid: number for number, wnid in enumerate(self._index.wnids)} | {"": -1}
         contents = decode.threaded_map(self._read, items, _CHUNK_SIZE)
         for entry, data in zip(items, contents, strict=True):
+            name = folders.escape_for_display(entry.file)
             yield (
-                entry.file,
+                name,
                 {
                     "image": data,
                     "label": label[entry.wnid],
                     "wnid": entry.wnid,
-                    "file_name": entry.file,
+                    "file_name": name,
                     "box": np.array(entry.box, np.int64),
                 },
             )

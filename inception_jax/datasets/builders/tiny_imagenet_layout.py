@@ -204,7 +204,15 @@ def _images(source: Source, split: str) -> dict[str, _SourceImage]:
     """
     named_images: list[tuple[str, _SourceImage]] = []
     for file in sorted(source.sizes):
-        if not file.startswith(f"{split}/") or not file.lower().endswith((".jpeg", ".jpg")):
+        if not file.startswith(f"{split}/"):
+            continue
+        if not file.lower().endswith((".jpeg", ".jpg")):
+            if folders.has_image_extension(file):
+                raise DataError(
+                    f"{source.path}: {file} is not a JPEG file, as all images of Tiny ImageNet's "
+                    "layout must be. Move it away, or set config.data.name=image_folder to use "
+                    "images in other formats"
+                )
             continue
         *inner, name = file.split("/")[1:]
         below = inner[:-1] if inner[-1:] == ["images"] else inner

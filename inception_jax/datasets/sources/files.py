@@ -51,6 +51,7 @@ class Source(abc.ABC):
       folders: paths of folders that have their own entry, ending in '/', including empty ones.
       hidden: files, and folders ending in '/', skipped because of their names; the contents of such
         folders are not listed.
+      links: those of `sizes` that are links and cannot be followed, maybe to a folder.
       names_depend_on_encoding: whether an archive has names without a declared encoding.
     """
 
@@ -59,6 +60,7 @@ class Source(abc.ABC):
         self.sizes: dict[str, int] = {}
         self.folders: list[str] = []
         self.hidden: list[str] = []
+        self.links: list[str] = []
         self.names_depend_on_encoding = False
         # Prefix of the files' paths below `path`, '' or ending in '/'.
         self._root = ""
@@ -77,9 +79,9 @@ class Source(abc.ABC):
             for file, size in self.sizes.items()
             if file.startswith(root)
         }
-        self.folders, self.hidden = (
+        self.folders, self.hidden, self.links = (
             [path.removeprefix(root) for path in paths if path.startswith(root) and path != root]
-            for paths in (self.folders, self.hidden)
+            for paths in (self.folders, self.hidden, self.links)
         )
 
     def read(self, file: str) -> bytes:
@@ -161,6 +163,9 @@ class FolderSource(Source):
             for file in (start + name for name in names):
                 if not is_hidden(file):
                     self.sizes[file], self._times[file] = _size_and_time(path / file)
+                    # No time: the link is broken.
+                    if not self._times[file] and (path / file).is_symlink():
+                        self.links.append(file)
 
     def _read(self, path: str) -> bytes:
         file = self.path / path

@@ -75,7 +75,7 @@ def decode(raws: Sequence[RawName], encoding: str, where: object) -> list[str]:
     ]
     if all(name.startswith("/") for name in names):
         names = [name.lstrip("/") for name in names]
-    return list(map(_drop_dots, names))
+    return list(map(_normalize, names))
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -98,9 +98,14 @@ def _decode_strict(data: bytes, encoding: str, where: object) -> str:
         ) from error
 
 
-def _drop_dots(name: str) -> str:
-    """Removes the '.' of paths such as './cat/1.jpg'; keeps '..', which is handled elsewhere."""
-    return "/".join(part for part in name.split("/") if part != ".")
+def _normalize(name: str) -> str:
+    """Removes what unpacking ignores: the '.' of './cat/1.jpg', and repeated slashes.
+
+    Keeps '..' and a leading slash, which are handled elsewhere, and the final slash of folders.
+    """
+    parts = [part for part in name.split("/") if part != "."]
+    inner = [part for part in parts[1:-1] if part]
+    return "/".join([*parts[:1], *inner, *parts[1:][-1:]])
 
 
 def is_undecodable(text: str) -> bool:

@@ -96,6 +96,9 @@ class TarSource(Source):
             # A hard link is a second name of a file in the archive.
             if member.islnk() and member.linkname in by_name:
                 self._members[name] = by_name[member.linkname]
+        self.links = [
+            name for name, member in self._members.items() if member.issym() or member.islnk()
+        ]
         self.sizes = {
             file: member.size if member.isreg() else 0 for file, member in self._members.items()
         }

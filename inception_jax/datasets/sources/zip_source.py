@@ -105,6 +105,7 @@ class ZipSource(Source):
                 )
             self._members[name] = info
         _check_methods(self._members.values(), self.path)
+        self.links = [file for file, info in self._members.items() if _is_link(info)]
         self.sizes = {file: info.file_size for file, info in self._members.items()}
 
     def _read(self, path: str) -> bytes:

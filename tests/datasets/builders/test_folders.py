@@ -170,6 +170,11 @@ LITTER = [
 ]
 
 
+def test_recycled_may_be_a_class(path: pathlib.Path) -> None:
+    layout = read(write(path, "glass/1", "paper/1", "recycled/1", "recycler/1"))
+    assert layout.classes == ("glass", "paper", "recycled", "recycler")
+
+
 def test_system_files_are_ignored_at_every_depth(path: pathlib.Path) -> None:
     litter = [f"{place}{name}" for place in ("", "a/", "a/deep/") for name in LITTER]
     layout = read(write(path, "a/1", "b/1", "a/deep/2", *litter))

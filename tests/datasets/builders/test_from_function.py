@@ -1,14 +1,18 @@
 """Data sets from functions, registered as a user does."""
 
+import ast
+import io
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from inception_jax import config, registry
 from inception_jax.config import Data
+from inception_jax.datasets import recipe
 from inception_jax.datasets.builders import base
 from inception_jax.datasets.dataset import class_ids, prepare
 from inception_jax.errors import ConfigError, DataError
@@ -249,6 +253,114 @@ def test_invalid_return_value_is_refused(
         prepare(data(tmp_path), log=quiet)
     assert not list(tmp_path.glob("mine/*"))
     assert not list(tmp_path.glob("inception_jax/*px*"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS + 1, "3 distinct values, up to 3; must be 0 to 2"),
+        (LABELS * 0, "contain only one class"),
+    ],
+)
+def test_labels_without_names_must_be_contiguous(
+    labels: np.ndarray, message: str, tmp_path: pathlib.Path, register: Any
+) -> None:
+    register("mine")(lambda settings: {"train": (COLOR, labels), "test": (COLOR, labels)})
+    with pytest.raises(DataError, match=rf"'train', labels: {message}"):
+        prepare(data(tmp_path), log=quiet)
+
+
+class Scalar:
+    """A label as from an array of another library: no int, but usable as an index."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+class OtherArray:
+    """Labels in an array of another library, whose elements are arrays."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return LABELS
+
+    def __len__(self) -> int:
+        return len(LABELS)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (np.asarray([label]) for label in LABELS)
+
+
+def test_labels_may_come_from_another_library(tmp_path: pathlib.Path, register: Any) -> None:
+    examples = [(image, Scalar(int(label))) for image, label in zip(COLOR, LABELS, strict=True)]
+    register("mine")(lambda settings: {"train": (COLOR, OtherArray()), "test": examples})
+    dataset = prepare(data(tmp_path), log=quiet)
+    for split in dataset.splits.values():
+        order = [int(name.rpartition("_")[2]) for name in split.names]
+        assert split.labels.tolist() == [number % 3 for number in order]
+
+
+@pytest.mark.parametrize("error", [KeyError("camera"), OSError(5, "I/O error", "/mnt/1.jpg")])
+def test_error_of_a_generator_is_the_functions(
+    error: Exception, tmp_path: pathlib.Path, register: Any
+) -> None:
+    def examples() -> Iterator[Any]:
+        yield COLOR[0], 0
+        raise error
+
+    register("mine", class_names=[*"abc"])(lambda settings: {"train": examples(), "test": PAIR})
+    message = (
+        rf"\.py, line \d+: the data set 'mine', split 'train', failed.*{type(error).__name__}: "
+    )
+    with pytest.raises(ConfigError, match=message):
+        prepare(data(tmp_path), log=quiet)
+
+
+def test_16_bit_files_have_a_common_depth(tmp_path: pathlib.Path, register: Any) -> None:
+    def png(most: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((8, 8), most, np.uint16)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    files = [png(4095), png(160)]
+    register("mine")(lambda settings: {"train": (files, [0, 1]), "test": (files, [0, 1])})
+    dataset = prepare(data(tmp_path), log=quiet)
+    assert dataset.bit_depth == 12
+    pixels = pixels_by_name(dataset, "train")
+    assert (pixels["train_000000"] == 255).all() and (pixels["train_000001"] == 10).all()
+    assert prepare(data(tmp_path), log=quiet).bit_depth == 12
+
+
+def test_quotes_of_f_strings_do_not_change_the_code(
+    tmp_path: pathlib.Path, register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mine(settings: Data) -> Any:
+        row = {"id": f"{len(settings.name)!r:>4}"}
+        assert f"{row['id']}"
+        return {"train": PAIR, "test": PAIR}
+
+    register("mine")(mine)
+    prepare(data(tmp_path), log=quiet)
+    # Python 3.11 uses the other quotes there.
+    real = ast.unparse
+    monkeypatch.setattr(ast, "unparse", lambda tree: real(tree).replace("row['id']}", 'row["id"]}'))
+    prepare(data(tmp_path), log=quiet)
+
+
+def test_data_of_earlier_digests_stay_usable(
+    tmp_path: pathlib.Path, register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mine(settings: Data) -> Any:
+        assert f"{settings.name}"
+        return {"train": PAIR, "test": PAIR}
+
+    register("mine")(mine)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe._FStringsAsTuples, "visit", lambda self, tree: tree)
+        prepare(data(tmp_path), log=quiet)
+    prepare(data(tmp_path), log=quiet)
 
 
 def test_holdout_of_unlabeled_examples_is_refused(tmp_path: pathlib.Path, register: Any) -> None:

@@ -3,6 +3,8 @@ import json
 import os
 import pathlib
 import shutil
+import stat
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -331,6 +333,35 @@ def test_some_images_must_be_left_for_evaluation(tmp_path: pathlib.Path) -> None
         prepare(data(path, tmp_path), log=quiet)
 
 
+def test_empty_validation_folder_is_named(tmp_path: pathlib.Path) -> None:
+    files = {f"train/{file}": each for file, each in archives.class_folders(COUNTS, SIZE).items()}
+    path = write(tmp_path / "x", files)
+    (path / "val").mkdir()
+    with pytest.raises(DataError, match=r"\. Add images to val/, or remove it to hold out"):
+        prepare(data(path, tmp_path), log=quiet)
+
+
+@pytest.mark.parametrize("place", ["", "train/"])
+@pytest.mark.parametrize("form", ["folder", "zip", "tar"])
+def test_link_in_place_of_a_class_is_refused(form: str, place: str, tmp_path: pathlib.Path) -> None:
+    images = archives.class_folders({"a": 2, "b": 2}, SIZE)
+    path = write(tmp_path / "x", {f"{place}{file}": each for file, each in images.items()})
+    os.symlink(tmp_path / "nowhere", path / place / "c")
+    if form == "tar":
+        shutil.make_archive(str(tmp_path / "x"), "tar", path)
+        path = tmp_path / "x.tar"
+    if form == "zip":
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for file in path.rglob("*.*"):
+                archive.write(file, file.relative_to(path))
+            link = zipfile.ZipInfo(f"{place}c")
+            link.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(link, "nowhere")
+        path = tmp_path / "x.zip"
+    with pytest.raises(DataError, match=rf"'{place}c': found a link that cannot be followed"):
+        prepare(data(path, tmp_path / "data"), log=quiet)
+
+
 def test_broken_link_is_reported(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 2, "b": 2}, SIZE))
     os.symlink(tmp_path / "nowhere", path / "a" / "link.jpg")
@@ -586,6 +617,17 @@ def test_nothing_is_logged_without_duplicates(tmp_path: pathlib.Path) -> None:
     assert not [
         line for line in lines if "also training images" in line or "different labels" in line
     ]
+
+
+@pytest.mark.parametrize("storage", ["decoded", "records"])
+def test_caches_may_be_on_another_disk(tmp_path: pathlib.Path, storage: str) -> None:
+    (tmp_path / "disk" / "caches").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "inception_jax").symlink_to(tmp_path / "disk" / "caches")
+    source = write(tmp_path / "x", archives.class_folders(COUNTS, SIZE))
+    for _ in range(2):
+        dataset = prepare(data(source, tmp_path / "data", storage=storage), log=quiet)
+        assert dataset.train.read(np.arange(3)).shape == (3, SIZE, SIZE, 3)
 
 
 def test_dark_16_bit_files_among_bright_ones_are_named(tmp_path: pathlib.Path) -> None:

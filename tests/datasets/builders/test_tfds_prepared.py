@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from inception_jax.config import Augment, Data, Evaluation, Schedule, Train
-from inception_jax.datasets.builders import base
+from inception_jax.datasets.builders import base, tfds_prepared
 from inception_jax.datasets.dataset import Dataset, class_ids, prepare
 from inception_jax.errors import ConfigError, DataError
 from inception_jax.training import run, state
@@ -246,6 +246,28 @@ def test_16_bit_images_without_names_keep_brightness(tmp_path: pathlib.Path) -> 
     # 12 bits, of which the upper 8 are kept.
     gray = {100 * (number + 1) >> 4 for number in range(6)}
     assert set(dataset.train.read(np.arange(6))[:, 4, 4, 0].tolist()) == gray
+
+
+def test_new_build_of_the_same_version_is_noticed(tmp_path: pathlib.Path) -> None:
+    build(tmp_path)
+    settings = data(tmp_path)
+    assert len(prepare(settings, log=lambda line: None).train) == 200
+    shutil.rmtree(tmp_path / "cifar100")
+    build(tmp_path, counts={"train": 300, "test": 100})
+    with pytest.raises(DataError, match=r"data\.tfds = 'cifar100': .*another build of .*/cifar100"):
+        prepare(settings, log=lambda line: None)
+    settings.on_change = "prepare"
+    assert len(prepare(settings, log=lambda line: None).train) == 300
+    settings.on_change = "refuse"
+    assert len(prepare(settings, log=lambda line: None).train) == 300
+
+
+def test_cache_of_an_older_version_has_no_digest_of_the_build(tmp_path: pathlib.Path) -> None:
+    build(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfds_prepared.PreparedTfds, "facts", {})
+        prepare(data(tmp_path), log=lambda line: None)
+    assert len(prepare(data(tmp_path), log=lambda line: None).train) == 200
 
 
 @pytest.mark.parametrize(

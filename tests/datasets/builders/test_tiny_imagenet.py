@@ -1,5 +1,6 @@
 """Rearranged copies of Tiny ImageNet give the same prepared data, or one error."""
 
+import os
 import pathlib
 
 import pytest
@@ -86,6 +87,28 @@ def test_official_layout_is_refused_as_image_folder(
     source = archives.write_files(tmp_path / name, files)
     with pytest.raises(DataError, match=r"layout of Tiny ImageNet, .*data\.name=tiny_imagenet, or"):
         prepare(settings(source, tmp_path, "image_folder"), log=lambda line: None)
+
+
+@pytest.mark.parametrize("place", [f"train/{archives.wnid(0)}/images", "val/images", "test/images"])
+def test_other_formats_are_refused(
+    tmp_path: pathlib.Path, files: dict[str, bytes], place: str
+) -> None:
+    source = archives.write_files(tmp_path / "x", files | {f"{place}/more.png": b"?"})
+    with pytest.raises(DataError, match=rf"{place}/more\.png is not a JPEG.*name=image_folder"):
+        prepared(source, tmp_path)
+
+
+def test_names_are_stored_as_one_line(tmp_path: pathlib.Path, files: dict[str, bytes]) -> None:
+    image = next(data for file, data in files.items() if file.endswith(".JPEG"))
+    names = [b"a\nb\r.JPEG", b"\xff.JPEG"]
+    source = archives.write_files(tmp_path / "x", files)
+    folder = next(source.glob("**/test/images"))
+    for name in names:
+        pathlib.Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(image)
+    contents, _ = prepared(source, tmp_path / "data")
+    lines = contents["test_names.txt"].decode().splitlines()
+    assert len(lines) == 4
+    assert {r"test/images/a\nb\r.JPEG", r"test/images/\udcff.JPEG"} < set(lines)
 
 
 def test_subset_is_refused_as_complete_data_set(

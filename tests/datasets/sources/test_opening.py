@@ -69,7 +69,7 @@ def test_compression_does_not_change_data_set(tmp_path: pathlib.Path) -> None:
         assert source.fingerprint() not in digests
 
 
-@pytest.mark.parametrize("start", ["./", "/home/me/pictures/"])
+@pytest.mark.parametrize("start", ["./", "/home/me/pictures/", "data//", "/data//"])
 def test_names_with_tar_prefixes_are_read(tmp_path: pathlib.Path, start: str) -> None:
     files = {start + file: data for file, data in FILES.items()}
     assert set(read(archives.write_tar(tmp_path / "x.tar", files)).values()) == set(FILES.values())
