@@ -528,7 +528,7 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
     if not files and settings_of and (folders := _take(argv, settings_of)[1]):
         folder = paths.user_path(folders[-1], f"--{settings_of}={folders[-1]}")
         record = folder / CONFIG
-        with access.naming_flag(settings_of):
+        with access.naming_flag(settings_of, folder):
             is_run = access.is_file(record)
         if not is_run:
             raise UserError(

@@ -250,7 +250,7 @@ def _open_workdir(location: paths.Path) -> Workdir:
       WriteError: if its bucket cannot be read.
     """
     workdir = Workdir(location)
-    with access.naming_flag("workdir"):
+    with access.naming_flag("workdir", location):
         workdir.download()
     return workdir
 

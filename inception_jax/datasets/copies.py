@@ -231,7 +231,7 @@ class FolderCopy:
 
     def _download(self, found: "_Found", wanted: Wanted) -> None:
         files = self._read_manifest() if found.files is None else found.files
-        _check_names(self.remote, files)
+        buckets.check_names(self.remote, files)
         staging = self.local.with_name(f"{self.local.name}.download")
         kept = [name for name in files if transfers.is_copy(self.local / name, files[name])]
         missing = {
@@ -369,18 +369,6 @@ def _replace(new: pathlib.Path, folder: pathlib.Path) -> None:
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_names(remote: "epath.Path", files: Mapping[str, FileFacts]) -> None:
-    """Raises BucketError if names of objects cannot be names of local files."""
-    folders = {str(above) for name in files for above in pathlib.PurePosixPath(name).parents}
-    for name in files:
-        if {"", ".", ".."} & set(name.split("/")):
-            raise buckets.BucketError(f"{remote}/{name}: is not a usable file name; rename it")
-        if name in folders:
-            raise buckets.BucketError(
-                f"{remote / name}: is both a file and a folder; rename one of them"
-            )
 
 
 @contextlib.contextmanager

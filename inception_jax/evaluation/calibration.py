@@ -87,9 +87,16 @@ def confused_pairs(matrix: np.ndarray, limit: int) -> list[tuple[int, int]]:
     """
     mistakes = matrix.copy()
     np.fill_diagonal(mistakes, 0)
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:limit]
-    pairs = np.stack(np.unravel_index(order, mistakes.shape), axis=1)
-    return [(int(true), int(guess)) for true, guess in pairs if mistakes[true, guess]]
+    return _most_frequent(mistakes)[:limit]
+
+
+def _most_frequent(counts: np.ndarray) -> list[tuple[int, int]]:
+    """Returns the positions of the counts [K, K] that are not 0, the largest first."""
+    # Of many classes, few pairs occur.
+    cells = np.flatnonzero(counts)
+    cells = cells[np.argsort(-counts.ravel()[cells], kind="stable")]
+    rows, columns = np.unravel_index(cells, counts.shape)
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def most_confused_classes(matrix: np.ndarray, limit: int) -> np.ndarray:
@@ -108,10 +115,9 @@ def most_confused_classes(matrix: np.ndarray, limit: int) -> np.ndarray:
         return np.arange(classes)
     mixed = np.triu(matrix + matrix.T, k=1)
     chosen: list[int] = []
-    for flat in np.argsort(-mixed, axis=None, kind="stable"):
-        pair = [int(each) for each in np.unravel_index(flat, mixed.shape)]
+    for pair in _most_frequent(mixed):
         new = [each for each in pair if each not in chosen]
-        if len(chosen) + len(new) > limit or not mixed[pair[0], pair[1]]:
+        if len(chosen) + len(new) > limit:
             break
         known = [each for each in pair if each in chosen]
         place = chosen.index(known[0]) + 1 if known else len(chosen)

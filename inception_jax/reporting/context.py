@@ -95,7 +95,7 @@ Values = dict[str, Any]
 
 
 def metrics(rows: Sequence[Row]) -> list[Metric]:
-    """Returns the metrics that occur in rows: built-in ones first, then others by name."""
+    """Returns the metrics that occur in rows: built-in ones first, then others as they occur."""
     present = dict.fromkeys(name for row in rows for name in row if name not in _NON_METRICS)
     known = [metric for metric in _KNOWN_METRICS if metric.name in present]
     return known + [Metric(n, n, n) for n in present if n not in {m.name for m in known}]
@@ -106,8 +106,11 @@ def result(record: RunRecord) -> Values | None:
     evaluations = [row for row in record.evaluations if row.get("top1") is not None]
     if not evaluations:
         return None
-    last, best = evaluations[-1], max(evaluations, key=lambda row: row["top1"])
+    # Of equal ones the last, as --checkpoint=best chooses.
+    last, best = evaluations[-1], max(evaluations, key=lambda row: (row["top1"], row["step"]))
     count = last.get("count")
+    # result.json may be from an earlier evaluation than the last row.
+    seconds = (record.result if record.result.get("step") == last["step"] else last).get("seconds")
     top1 = last["top1"] / 100
     return {
         "last": last,
@@ -117,7 +120,7 @@ def result(record: RunRecord) -> Values | None:
         # Two standard errors of a proportion of independent examples (95% confidence interval).
         "margin": 200 * math.sqrt(top1 * (1 - top1) / count) if count else None,
         "expected": _expected_result(record, last["top1"]),
-        "hours": (record.result.get("seconds") or last.get("seconds") or 0) / 3600,
+        "hours": (seconds or record.result.get("seconds") or 0) / 3600,
         "images_per_second": record.result.get("images_per_second"),
     }
 
@@ -148,18 +151,24 @@ def other_evaluations(record: RunRecord) -> Values | None:
     }
 
 
-def curves(records: Sequence[RunRecord]) -> Values:
+def curves(records: Sequence[RunRecord], *, all_splits: bool = True) -> Values:
     """Returns the curves of runs, for the page's script and for the plots.
+
+    Args:
+      records: the runs.
+      all_splits: whether to return all splits of a single run.
 
     Returns:
       {"runs": [...]}, for each run its name and, by split, a label, a color, and lists of step,
       epoch, hours and each metric, with None for missing values; at most MAX_POINTS per split. For
-      several runs, only the splits "train" and "train_eval" and each run's main evaluation.
+      several runs, or without `all_splits`, only the splits "train" and "train_eval" and each run's
+      main evaluation.
     """
     labels = display_names(records)
+    all_splits = all_splits and len(records) == 1
     return {
         "runs": [
-            {"name": name, "splits": _split_curves(record, all_splits=len(records) == 1)}
+            {"name": name, "splits": _split_curves(record, all_splits=all_splits)}
             for name, record in zip(labels, records, strict=True)
         ]
     }

@@ -78,7 +78,7 @@ def plot_comparison(records: Sequence[RunRecord], directory: paths.Path) -> list
     Raises:
       UserError: if the files cannot be written.
     """
-    runs = context.curves(records)["runs"]
+    runs = context.curves(records, all_splits=False)["runs"]
     metrics = context.metrics([row for record in records for row in record.rows])
     return write_figures(directory, ((m.name, _comparison_figure(runs, m)) for m in metrics))
 
@@ -102,8 +102,9 @@ def write_figures(
         for name, figure in named_figures:
             # A metric can have any name, even that of another plot.
             stem = re.sub(r"[^\w.-]", "_", name)
-            stem += "-2" * (directory / f"{stem}.png" in written)
-            written.append(directory / f"{stem}.png")
+            stems = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+            files = (directory / f"{each}.png" for each in stems)
+            written.append(next(file for file in files if file not in written))
             with atomic.replacing(written[-1]) as temporary:
                 figures.save(figure, temporary)
     except OSError as error:
@@ -118,12 +119,13 @@ def _curve_figures(record: RunRecord) -> "Iterator[tuple[str, Figure]]":
     """Yields a plot of each metric; top-1 and top-5 are drawn together."""
     (run,) = context.curves([record])["runs"]
     title = _title(record)
-    groups: dict[str, list[Metric]] = {}
+    # A custom metric may be named "accuracy" too.
+    groups: dict[tuple[bool, str], list[Metric]] = {}
     for metric in context.metrics(record.rows):
-        name = "accuracy" if metric.name in ("top1", "top5") else metric.name
-        groups.setdefault(name, []).append(metric)
-    for name, metrics in groups.items():
-        label = "accuracy, %" if name == "accuracy" else metrics[0].label
+        is_top = metric.name in ("top1", "top5")
+        groups.setdefault((is_top, "accuracy" if is_top else metric.name), []).append(metric)
+    for (is_top, name), metrics in groups.items():
+        label = "accuracy, %" if is_top else metrics[0].label
         yield name, _split_curves_figure(run["splits"], metrics, title=title, label=label)
 
 
@@ -168,7 +170,8 @@ def _comparison_figure(runs: Sequence[Mapping[str, Any]], metric: Metric) -> "Fi
             if split := run["splits"].get(name):
                 _plot_curve(axes, split, metric, name=run["name"], style=style, color=color)
     label = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
-    _style_curve_axes(axes, f"{metric.title} of {len(runs)} runs", "epoch", label)
+    of = f"of {len(runs)} runs" if len(runs) > 1 else f"of {runs[0]['name']}"
+    _style_curve_axes(axes, f"{metric.title} {of}", "epoch", label)
     axes.set_xlim(left=0)
     return figure
 

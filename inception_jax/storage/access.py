@@ -1,8 +1,8 @@
 """Access to whole files, local or in a bucket; checks of outputs before long work."""
 
 import contextlib
-import os
 import pathlib
+import secrets
 import tempfile
 from collections.abc import Iterator
 
@@ -117,25 +117,27 @@ def _probe(path: paths.Path) -> None:
     if not paths.is_local(path):
         buckets.check_writable(path)
         return
-    probe = path / f".probe.{os.getpid()}"
+    probe = path / f".probe.{secrets.token_hex(8)}"
     probe.write_bytes(bytes(4096))
     probe.unlink()
 
 
 @contextlib.contextmanager
-def naming_flag(flag: str) -> Iterator[None]:
+def naming_flag(flag: str, path: paths.Path) -> Iterator[None]:
     """Names a flag in errors of requests to the bucket of its path."""
     try:
         yield
-    except buckets.BucketError as error:  # It starts with the path.
-        raise WriteError(f"--{flag}={error}") from error
+    except buckets.BucketError as error:
+        # It starts with the path of an object.
+        text = str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}"
+        raise WriteError(f"--{flag}={text}") from error
 
 
 @contextlib.contextmanager
 def _as_flag_error(path: paths.Path, flag: str) -> Iterator[None]:
     """Names a flag in errors about writing to its path."""
     try:
-        with naming_flag(flag):
+        with naming_flag(flag, path):
             yield
     except OSError as error:
         raise UserError(

@@ -23,7 +23,7 @@ import pathlib
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from inception_jax.errors import WriteError
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 _ATTEMPT_SECONDS = 60.0  # Of one attempt, without a byte from the server.
+# To connect and to answer, each: together less than half of a lease's duration.
+_CHECKED_ATTEMPT_SECONDS = 12.0
 _INITIAL_BACKOFF_SECONDS = 1.0
 # An outage has ended if no request fails for longer than an attempt and the longest pause take.
 _OUTAGE_SECONDS = 120.0
@@ -148,6 +150,20 @@ def list_files(folder: "epath.Path") -> dict[str, Stat]:
     return {name: stat for name, stat in _request(folder, attempt).items() if name}
 
 
+def check_names(folder: "epath.Path", names: Collection[str]) -> None:
+    """Checks that the names of objects below a folder can be names of local files.
+
+    Raises:
+      BucketError: naming the object that has to be renamed.
+    """
+    folders = {str(above) for name in names for above in pathlib.PurePosixPath(name).parents}
+    for name in names:
+        if {"", ".", ".."} & set(name.split("/")):
+            raise BucketError(f"{folder}/{name}: is not a usable file name; rename it")
+        if name in folders:
+            raise BucketError(f"{folder}/{name}: is both a file and a folder; rename one of them")
+
+
 def check_bucket(path: "epath.Path") -> None:
     """Checks that the bucket of a path exists and can be read.
 
@@ -168,6 +184,8 @@ def stat(path: "epath.Path") -> Stat | None:
       BucketError: if the bucket cannot be read.
     """
     bucket, name = _split(path)
+    if not name:
+        return None  # A whole bucket.
 
     def attempt() -> Stat | None:
         blob = _client().bucket(bucket).get_blob(name, timeout=_attempt_seconds(), retry=None)
@@ -183,7 +201,7 @@ def read_bytes(
 
     Args:
       path: the object.
-      start, end: the range.
+      start, end: the range; if the object ends before, there are fewer bytes or none.
       generation: the generation to read; None: the newest.
 
     Raises:
@@ -199,31 +217,51 @@ def read_bytes(
         )
         return contents
 
-    with _missing_as_file_not_found(path):
-        return _request(path, attempt)
+    if not _split(path)[1]:
+        raise _missing(path)  # A whole bucket.
+    try:
+        with _missing_as_file_not_found(path):
+            return _request(path, attempt)
+    except BucketError as error:
+        if _status(error.__cause__ or error) != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        return b""
 
 
-def write_bytes(path: "epath.Path", data: bytes, *, if_generation: int | None = None) -> int:
+def write_bytes(
+    path: "epath.Path",
+    data: bytes,
+    *,
+    if_generation: int | None = None,
+    check: Callable[[], None] | None = None,
+) -> int:
     """Creates or replaces an object; returns its new generation.
 
     Args:
       path: the object.
       data: its new contents.
       if_generation: the generation to replace; 0: the object must not exist; None: any.
+      check: called before each attempt, such as that of a lease, without which a late attempt could
+        replace what its new holder wrote.
 
     Raises:
       ChangedError: if it has another generation. An earlier attempt whose answer was lost may have
         written it.
       BucketError: if it cannot be written.
+      Exception: those of `check`.
     """
 
     def attempt() -> int:
+        timeout = _attempt_seconds()
+        if check:
+            check()
+            timeout = min(timeout, _CHECKED_ATTEMPT_SECONDS)
         blob = _blob(path)
         blob.upload_from_string(
             data,
             content_type="application/octet-stream",
             if_generation_match=if_generation,
-            timeout=_attempt_seconds(),
+            timeout=timeout,
             retry=None,
         )
         return int(blob.generation)
@@ -401,7 +439,14 @@ def _status(error: BaseException) -> int:
         response = getattr(error, "response", None)  # InvalidResponse, of downloads.
         if response is not None:
             return int(response.status_code)
-        return 401 if ".auth." in f"{type(error).__module__}." else 0
+        if ".auth." not in f"{type(error).__module__}.":
+            return 0
+        # A transport error with an answer has it as its second argument.
+        cause = error.__cause__
+        unreachable = (
+            cause is not None and type(cause).__name__ == "TransportError" and len(cause.args) == 1
+        )
+        return 503 if unreachable or getattr(error, "retryable", False) else 401
     if library in _NETWORK_LIBRARIES or isinstance(error, ConnectionError | TimeoutError):
         return 503
     text = str(error)
@@ -423,8 +468,11 @@ def _missing_as_file_not_found(path: "epath.Path") -> Iterator[None]:
         if error.__cause__ is None or _status(error.__cause__) != http.HTTPStatus.NOT_FOUND:
             raise
         check_bucket(path)
-        missing = errno.ENOENT
-        raise FileNotFoundError(missing, os.strerror(missing), str(path)) from error
+        raise _missing(path) from error
+
+
+def _missing(path: "epath.Path") -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _split(path: "epath.Path") -> tuple[str, str]:

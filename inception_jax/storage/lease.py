@@ -116,7 +116,8 @@ def release_all(log: Log) -> None:
     Args:
       log: called with a line if a lease cannot be released.
     """
-    threads = [threading.Thread(target=each.release, args=(log,), daemon=True) for each in _held]
+    held = list(_held)  # Other threads may change it.
+    threads = [threading.Thread(target=each.release, args=(log,), daemon=True) for each in held]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + _RELEASE_SECONDS
@@ -267,11 +268,13 @@ class _Lease:
         """Returns if the lease is valid for at least half of its duration, or renews it.
 
         Raises:
-          RunError: if another process has taken over.
+          RunError: if another process has taken over, or this one has released it.
           BucketError: if the lease cannot be renewed.
         """
         if self._new_holder:
             raise self._lost_error(self._new_holder)
+        if self._ended.is_set():
+            raise RunError(f"{self._what}: released {self._path}, so nothing more is written there")
         # A renewal counts from its start. After retries, another one is necessary.
         while self._timing.now() - self._renewed > self._timing.seconds / 2:
             self._renew()

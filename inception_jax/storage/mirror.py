@@ -91,6 +91,7 @@ class Mirror:
             generations = {
                 name: stat.generation for name, stat in stats.items() if self._is_included(name)
             }
+            buckets.check_names(self._remote, generations)
             for name in self._local_files().keys() - generations.keys():
                 (self.path / name).unlink()
         changed = [
@@ -117,14 +118,17 @@ class Mirror:
         self._upload_except(frozenset())
 
     def _upload_except(self, names: frozenset[str]) -> None:
+        # That of the block in which this starts, which may end while an upload is repeated.
+        check = self._check
         with self._upload_lock:
             for name, version in self._changed_files().items():
                 if name in names:
                     continue
-                self._check()
                 # In memory, because metrics may be appended during the upload.
                 data = (self.path / name).read_bytes()
-                self._generations[name] = buckets.write_bytes(self._remote / name, data)
+                self._generations[name] = buckets.write_bytes(
+                    self._remote / name, data, check=check
+                )
                 self._versions[name] = version
 
     @contextlib.contextmanager
@@ -134,7 +138,7 @@ class Mirror:
         If that is impossible, the local folder is kept.
 
         Args:
-          check: called before each upload; raises an error if another process may write.
+          check: called before each attempt to upload; raises an error if another process may write.
           log: called with a line if an upload in the background fails, or after an error if the
             last one does.
 
@@ -208,6 +212,8 @@ class Mirror:
         return {n: version for n, version in versions.items() if self._versions.get(n) != version}
 
     def _is_included(self, name: str) -> bool:
+        if name.endswith("/"):
+            return False  # Stands for an empty folder; the Cloud console creates such objects.
         parts = pathlib.PurePosixPath(name).parts
         return not any(part in self._exclude or part.startswith(".") for part in parts)
 

@@ -54,7 +54,7 @@ def find_problem(typed: str, *, local_only: bool = False) -> str:
         if scheme == "file":
             return "is a URL; use the path alone, without file:"
         if scheme == "gs" and not local_only:
-            return f"must be written with two slashes: gs://{typed[4:].lstrip('/')}. {literal}"
+            return f"must be written as gs://{typed[4:].lstrip('/')}. {literal}"
         allowed = "a local path" if local_only else "a local path or gs://BUCKET/PATH"
         return f"is a URL ({url[1]}:); must be {allowed}. Copy the data from there first. {literal}"
     if re.match(r"~(/|$)", typed) and os.path.expanduser(typed) == typed:

@@ -22,7 +22,7 @@ from inception_jax.runtime import environment, hosts
 from inception_jax.storage import access, atomic, buckets, integrity, paths
 from inception_jax.storage.workdir import Workdir
 
-# Key of the class names in a data set's record.
+# Keys of a data set's record.
 _CLASS_NAMES, _ORDER = "class names", "training file names"
 _EMPTY: Mapping[str, str] = {}
 
@@ -37,7 +37,7 @@ def check_writable(workdir: Workdir) -> None:
     access.check_output_folder(location, "workdir")
     if not paths.is_local(location):
         # Files of a run are replaced, for which permission to delete is required.
-        with access.naming_flag("workdir"), _probe(location):
+        with access.naming_flag("workdir", location), _probe(location):
             pass
 
 

@@ -1,5 +1,7 @@
 """Calibration and confusion against plain loops and scikit-learn."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
@@ -79,3 +81,14 @@ def test_confused_pairs_are_sorted_by_frequency() -> None:
     result = calibration.confused_pairs(matrix({(2, 5): 5, (5, 4): 4, (1, 3): 1}, 6), 2)
     assert result == [(2, 5), (5, 4)]
     assert len(calibration.confused_pairs(matrix({(2, 5): 5}, 6), 10)) == 1
+
+
+def test_mistakes_of_many_classes_are_found_in_little_memory() -> None:
+    """Only pairs that occur are sorted."""
+    classes = 2000
+    counts = matrix({(5, 1999): 2, (1999, 5): 1, (7, 8): 2}, classes)
+    tracemalloc.start()
+    assert calibration.confused_pairs(counts, 10) == [(5, 1999), (7, 8), (1999, 5)]
+    assert calibration.most_confused_classes(counts, 4).tolist() == [5, 1999, 7, 8]
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * counts.nbytes
+    tracemalloc.stop()

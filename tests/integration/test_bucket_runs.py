@@ -559,7 +559,7 @@ def _ask(url: str, is_running: Callable[[], bool]) -> list[list[Any]]:
     [
         ("s3://b/run", "is a URL (s3:)"),
         ("http://b/run", "is a URL (http:)"),
-        ("gs:/b/run", "must be written with two slashes: gs://b/run"),
+        ("gs:/b/run", "must be written as gs://b/run"),
     ],
 )
 def test_other_places_are_refused_before_anything_is_written(typed: str, words: str) -> None:

@@ -347,6 +347,16 @@ def test_result_with_a_loss_of_zero_is_shown(tmp_path: pathlib.Path) -> None:
     assert run_record.read(Workdir(tmp_path)).result["loss"] == 0
 
 
+def test_hours_are_those_of_the_last_evaluation(tmp_path: pathlib.Path) -> None:
+    run_folders.write(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    row = run_folders.lines()[-1] | {"step": 500, "seconds": 3 * 3600.0}
+    with_rows(tmp_path, row)
+    (tmp_path / "result.json").write_text(json.dumps(result | {"seconds": 3600.0}))
+    shown = context.result(run_record.read(Workdir(tmp_path)))
+    assert shown is not None and (shown["last"]["step"], shown["hours"]) == (500, 3.0)
+
+
 def test_comparison_lists_differing_settings(tmp_path: pathlib.Path) -> None:
     one = run_folders.write(tmp_path / "one")
     settings = run_folders.config(

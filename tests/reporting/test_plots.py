@@ -117,6 +117,16 @@ def test_title_names_the_best_evaluation(tmp_path: pathlib.Path, axes: dict[str,
     )
 
 
+def test_last_of_equally_good_evaluations_is_the_best(
+    tmp_path: pathlib.Path, axes: dict[str, Any]
+) -> None:
+    """As for --checkpoint=best."""
+    lines = [line | {"top1": min(90.0, 150 - 3 * line["step"])} for line in _VALIDATION]
+    assert [line["top1"] for line in lines] == [90, 90, 60]
+    report.plot(_workdir(tmp_path, lines, name="x"))
+    assert axes["accuracy.png"].get_title().endswith("90.00% at epoch 2 (best)")
+
+
 @pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
 def test_top5_of_older_runs_is_omitted_for_few_classes(
     classes: int, shown: bool, tmp_path: pathlib.Path, axes: dict[str, Any]
@@ -157,8 +167,11 @@ def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -
     np.testing.assert_allclose(curves[8].get_ydata(), [9, 18, 27])
     assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 9
     assert len(axes["learning_rate.png"].lines[0].get_xdata()) == 30
-    one = _workdir(tmp_path / "one", _VALIDATION)
-    assert len(report.plot_comparison([one], tmp_path)) == 3
+    one = _workdir(tmp_path / "one", short)
+    assert len(report.plot_comparison([one], tmp_path)) == 4
+    (curve,) = axes["loss.png"].lines
+    assert curve.get_label() == "one, last 0.2"
+    assert axes["loss.png"].get_title() == "Loss of one"
 
 
 def test_unusual_run_names_can_be_plotted(
@@ -195,6 +208,18 @@ def test_custom_metrics_are_plotted(tmp_path: pathlib.Path, axes: dict[str, Any]
     (curve,) = axes["macro_accuracy_2.png"].lines
     assert curve.get_label() == "validation, last 27"
     np.testing.assert_allclose(curve.get_ydata(), [9, 18, 27])
+
+
+def test_custom_metrics_do_not_replace_other_plots(
+    tmp_path: pathlib.Path, axes: dict[str, Any]
+) -> None:
+    more = {"accuracy": 0.5, "a/b": 1.0, "a:b": 2.0, "a b": 3.0}
+    paths = report.plot(_workdir(tmp_path, [line | more for line in _VALIDATION]))
+    assert [path.stem for path in paths] == [
+        *("loss", "accuracy", "accuracy-2", "a_b", "a_b-2", "a_b-3"),
+    ]
+    (curve,) = axes["accuracy-2.png"].lines
+    assert curve.get_label() == "validation, last 0.5"
 
 
 def test_missing_or_empty_metrics_are_user_errors(tmp_path: pathlib.Path) -> None:

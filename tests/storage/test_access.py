@@ -2,10 +2,11 @@
 
 import pathlib
 from collections.abc import Callable
+from concurrent import futures
 
 import pytest
 
-from inception_jax.errors import UserError
+from inception_jax.errors import UserError, WriteError
 from inception_jax.storage import access, atomic, buckets, paths
 from tests.gcs import Proxy, Status
 
@@ -32,6 +33,20 @@ def test_files_are_read_where_they_are(place: paths.Path) -> None:
         assert local.name == file.name and local.read_bytes() == b"0123456789"
     assert access.is_file(file)
     assert local == file or not local.parent.exists()
+
+
+def test_whole_bucket_is_not_a_file(bucket: str) -> None:
+    path = paths.user_path(bucket, "--weights")
+    assert not access.is_file(path)
+    with pytest.raises(FileNotFoundError, match=bucket):
+        access.read_bytes(path)
+
+
+def test_processes_of_equal_number_may_check_at_once(tmp_path: pathlib.Path) -> None:
+    """As in containers on a shared disk, here threads."""
+    with futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: access.check_output_folder(tmp_path, "output"), range(1000)))
+    assert [path.name for path in tmp_path.iterdir()] == [atomic.MARKER]
 
 
 def test_checks_of_outputs_change_no_file(place: paths.Path) -> None:
@@ -66,6 +81,15 @@ def test_unwritable_bucket_is_named_with_its_flag(
     with pytest.raises(UserError) as refused:
         check(path, "output")
     assert str(refused.value).startswith(f"--output={path}: {remedy}")
+
+
+def test_flag_is_shown_with_its_own_path(bucket: str) -> None:
+    path = paths.user_path(f"{bucket}/run", "--workdir")
+    with (
+        pytest.raises(WriteError, match=f"^--workdir={path}: {path}/run.lock: permission denied$"),
+        access.naming_flag("workdir", path),
+    ):
+        raise buckets.BucketError(f"{path}/run.lock: permission denied")
 
 
 def test_output_file_must_be_a_file(bucket: str, tmp_path: pathlib.Path) -> None:

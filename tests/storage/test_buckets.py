@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from etils import epath
+from google.auth import exceptions
 
 from inception_jax.storage import buckets, paths
 from tests.gcs import Action, CutRequest, CutResponse, FlipBit, Proxy, Status
@@ -42,6 +43,29 @@ def test_objects_are_written_read_listed_and_deleted(folder: paths.Path) -> None
     assert list(buckets.list_files(folder)) == ["c/y"]
     with pytest.raises(FileNotFoundError, match=r"gs://.*/a/b/x"):
         buckets.read_bytes(folder / "x")
+
+
+def test_range_beyond_the_end_is_empty(folder: paths.Path) -> None:
+    buckets.write_bytes(folder / "x", CONTENTS)
+    end = len(CONTENTS)
+    assert buckets.read_bytes(folder / "x", end - 1, end + 5) == CONTENTS[-1:]
+    assert buckets.read_bytes(folder / "x", end, end + 5) == b""
+
+
+@pytest.mark.parametrize(
+    ("cause", "retryable", "words"),
+    [
+        (exceptions.TransportError("Compute Engine Metadata server unavailable"), False, "answer"),
+        (None, True, "answer"),
+        (exceptions.TransportError("no service account", "404"), False, "credentials are missing"),
+        (None, False, "credentials are missing"),
+    ],
+)
+def test_credentials_may_fail_temporarily(
+    cause: Exception | None, retryable: bool, words: str, folder: paths.Path
+) -> None:
+    with pytest.raises(buckets.BucketError, match=words), buckets.translate_errors(folder):
+        raise exceptions.RefreshError("cannot refresh", retryable=retryable) from cause
 
 
 def test_conditional_write_replaces_only_the_expected_generation(folder: paths.Path) -> None:

@@ -261,6 +261,16 @@ def test_check_renews_only_after_half_of_the_duration(path: epath.Path, gcs: ser
         assert contents(path)["renewals"] == 1
 
 
+def test_released_lease_permits_no_write(path: epath.Path) -> None:
+    clock = Clock()
+    with take(path, timing=clock.timing()) as check:
+        check()
+    for _ in range(2):
+        with pytest.raises(RunError, match=f"^the thing: released {path}"):
+            check()
+        clock.sleep(40)
+
+
 @pytest.mark.parametrize("moment", ["acquire", "renew", "release"])
 def test_lost_answer_does_not_look_like_another_holder(
     moment: str, path: epath.Path, gcs: servers.Proxy

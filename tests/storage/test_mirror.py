@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from google.cloud import storage
 
+from inception_jax.errors import RunError
 from inception_jax.storage import atomic, buckets, paths
 from inception_jax.storage.workdir import Workdir
-from tests.gcs import Proxy
+from tests.gcs import Proxy, Status
 
 
 @pytest.fixture
@@ -34,6 +36,53 @@ def test_files_appear_in_the_bucket_and_on_another_machine(run: paths.Path) -> N
     second.download()
     assert second.config.read_text() == "{}"
     assert (second.plots / "curves.png").read_bytes() == b"\x89PNG"
+
+
+def test_lock_is_checked_before_each_attempt_to_upload(run: paths.Path, gcs: Proxy) -> None:
+    """While a request is repeated, another process may take over."""
+    checks = []
+
+    def check() -> None:
+        checks.append(len(gcs.find("write")))
+        if len(checks) > 1:
+            raise RunError("taken over")
+
+    workdir = Workdir(run)
+    workdir.metrics.write_text("1\n")
+    gcs.inject(Status(503), operation="write", times=1)
+    with pytest.raises(RunError, match="taken over"), workdir.uploading(check, print):
+        pass
+    assert checks == [0, 1] and not buckets.list_files(run)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["//x"], "/x: is not a usable file name; rename it"),
+        (["/plots", "/plots/x"], "plots: is both a file and a folder; rename one of them"),
+    ],
+)
+def test_objects_that_cannot_be_files_are_named(
+    names: list[str], message: str, run: paths.Path
+) -> None:
+    put(run, *names)
+    with pytest.raises(buckets.BucketError, match=f"^{run}/{message}"):
+        Workdir(run).download()
+
+
+def test_objects_that_stand_for_folders_are_ignored(run: paths.Path) -> None:
+    put(run, "/plots/", "/plots/x", "/")
+    workdir = Workdir(run)
+    workdir.download()
+    assert [path.name for path in workdir.plots.iterdir()] == ["x"]
+
+
+def put(folder: paths.Path, *names: str) -> None:
+    """Writes objects whose names begin with that of a folder; paths would normalize them."""
+    bucket, _, start = str(folder).removeprefix("gs://").partition("/")
+    client = storage.Client(project="unused")
+    for name in names:
+        client.bucket(bucket).blob(start + name).upload_from_string(b"")
 
 
 def test_only_changed_files_are_uploaded(run: paths.Path) -> None:

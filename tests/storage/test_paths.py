@@ -30,8 +30,8 @@ def test_urls_are_rejected(typed: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("gs:/bucket/run", "must be written with two slashes: gs://bucket/run"),
-        ("GS://bucket/run", "must be written with two slashes: gs://bucket/run"),
+        ("gs:/bucket/run", "must be written as gs://bucket/run"),
+        ("GS://bucket/run", "must be written as gs://bucket/run"),
         ("gs://", "must be gs://BUCKET/PATH"),
         ("gs://My_Bucket/x", "lowercase letters"),
         ("gs://bucket/a/../b", "must not contain '/../'"),
@@ -161,7 +161,7 @@ def test_every_command_rejects_urls_before_writing(
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
-    assert re.search(r"is a URL \((s3|http):\)|must be written with two slashes", done.stderr)
+    assert re.search(r"is a URL \((s3|http):\)|must be written as", done.stderr)
     assert not list(tmp_path.iterdir())
 
 
