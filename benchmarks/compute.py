@@ -1,5 +1,8 @@
 """Counts the compute of training from the traced network; docs/results.md has the definition."""
 
+import dataclasses
+import functools
+import json
 from typing import NamedTuple
 
 from inception_jax import config as configs
@@ -29,7 +32,14 @@ class Phase(NamedTuple):
 
 def multiply_adds(settings: configs.Model, size: int, classes: int) -> int:
     """Returns those of one image, with auxiliary heads, as tools.summarize counts them."""
-    network = networks.create(settings, classes, rewrite="")
+    # Recipes differ in these, which change no number.
+    alike = dataclasses.replace(settings, dtype="float32", dropout=0.0)
+    return _multiply_adds(json.dumps(dataclasses.asdict(alike)), size, classes)
+
+
+@functools.cache
+def _multiply_adds(model: str, size: int, classes: int) -> int:
+    network = networks.create(configs.Model(**json.loads(model)), classes, rewrite="")
     return sum(block.multiply_adds for block in structure.analyze(network, size).blocks())
 
 

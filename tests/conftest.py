@@ -19,6 +19,10 @@ from tests import gcs as gcs_server
 # Shared by all Pythons with one version of jaxlib, which alone decides what a program compiles to.
 _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{version('jaxlib')}"
 
+# Otherwise each of the commands that tests start would compile all files of the package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 os.environ.update(
     JAX_PLATFORMS="cpu",
     JAX_NUM_CPU_DEVICES="8",

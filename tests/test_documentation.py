@@ -10,7 +10,6 @@ import fnmatch
 import functools
 import importlib.util
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -26,7 +25,7 @@ import inception_jax as ij
 from inception_jax import config as configs
 from inception_jax.config import reference
 from inception_jax.errors import UserError
-from tests import command
+from tests import command, experiments
 from tests.markdown import (
     PROGRAMS,
     anchors,
@@ -302,26 +301,8 @@ def test_the_flags_and_settings_of_a_command_exist(page: str, words: tuple[str, 
             assert name.removeprefix("no") in known or name in known, f"{module} has no --{name}"
     experiment = dict(flags).get("config", "")
     if overrides and (ROOT / experiment).is_file() and experiment.startswith("experiments/"):
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, experiment, json.dumps(overrides)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-
-
-# As the command line takes them.
-LOAD = """
-import json, sys
-from inception_jax import cli
-from inception_jax import config as configs
-cli.define_config()
-path, overrides = sys.argv[1:]
-flags = [f"--config.{name}={value}" for name, value in json.loads(overrides).items()]
-sys.argv = ["command", f"--config={path}", *flags]
-cli.run(lambda rest: configs.validate(cli.flags.FLAGS.config), "")
-"""
+        given = [f"--config.{path}={value}" for path, value in overrides.items()]
+        experiments.load([f"--config={ROOT / experiment}", *given])
 
 
 @pytest.fixture(scope="module")

@@ -82,23 +82,23 @@ def expected(
 ) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """Metrics and state of the same run in a local folder."""
     workdir = Workdir(tmp_path_factory.mktemp("local"))
-    train(run, workdir, evaluator)
+    train(run, workdir, evaluator, reports=False)
     return rows(workdir.metrics.read_bytes()), arrays(run, workdir)
 
 
-def train(this: Run, workdir: Workdir, evaluate: Any, **more: Any) -> dict[str, Any]:
-    """Trains in a workdir as the command does."""
+def train(
+    this: Run, workdir: Workdir, evaluate: Any, *, reports: bool = True, **more: Any
+) -> dict[str, Any]:
+    """Trains in a workdir as the command does; maybe without its reports and plots."""
     buckets.set_retry_seconds(this.config.bucket.retry_seconds)
     workdir.download()
 
     def publish(result: dict[str, Any], evaluated: Any) -> None:
         report.publish(workdir, result, evaluated.predictions, this.dataset.evaluation)
 
-    more = {
-        "on_evaluation": publish,
-        "on_end": lambda: report.finish(workdir, lambda line: None),
-        **more,
-    }
+    if reports:
+        more["on_evaluation"] = publish
+        more["on_end"] = lambda: report.finish(workdir, lambda line: None)
     return small.train(this, workdir, evaluate, **more)
 
 
@@ -162,10 +162,10 @@ def test_stopped_run_resumes_on_an_empty_machine(
     for step in (4, 9):
         first = Workdir(location)
         with pytest.raises(Preempted, match="the state is saved"):
-            train(run, first, evaluator, stop=lambda done, step=step: done == step)
+            train(run, first, evaluator, reports=False, stop=lambda done, step=step: done == step)
         assert stored_rows(location)[-1]["step"] == step
         shutil.rmtree(first.path)
-    train(run, Workdir(location), evaluator)
+    train(run, Workdir(location), evaluator, reports=False)
     check_equal(run, location, expected)
     events = [name for name in small_files(location) if name.startswith("tensorboard/")]
     assert len(events) == 3
@@ -183,11 +183,11 @@ def test_rows_after_the_checkpoint_are_removed_at_a_resume(
         return False
 
     with pytest.raises(ZeroDivisionError):
-        train(run, Workdir(location), evaluator, stop=fail)
+        train(run, Workdir(location), evaluator, reports=False, stop=fail)
     # Even those that no checkpoint needed, for the curves of a run that failed.
     assert stored_rows(location)[-1]["step"] == 10
     assert integrity.list_steps(location / "checkpoints")[-1] == 9
-    train(run, Workdir(location), evaluator)
+    train(run, Workdir(location), evaluator, reports=False)
     check_equal(run, location, expected)
 
 
@@ -204,7 +204,7 @@ def test_bucket_has_all_metrics_before_a_checkpoint_counts(
 
     # Also of the parts of a checkpoint, before and after the whole one counts.
     gcs.inject(Call(look, answered=True), operation="write", name="*/[0-9]*/commit_success.txt")
-    train(run, Workdir(location), evaluator)
+    train(run, Workdir(location), evaluator, reports=False)
     assert sorted(seen) == [3, 6, 9, 12]
     for step, (metrics, events) in seen.items():
         assert metrics >= step and events > 60 * step
@@ -244,7 +244,7 @@ def test_training_stops_with_one_message_if_a_save_fails(
     gcs.inject(Status(503), operation="write", name=name)
     before = set(temporary_folders())
     with pytest.raises(WriteError, match=r"did not answer within 0\.5 s") as caught:
-        train(run, Workdir(location), evaluator)
+        train(run, Workdir(location), evaluator, reports=False)
     assert str(location) in str(caught.value)
     assert integrity.list_steps(location / "checkpoints") == []
     gcs.clear()
@@ -254,7 +254,7 @@ def test_training_stops_with_one_message_if_a_save_fails(
         assert f"they are in {kept}/a" in capsys.readouterr().err
         assert rows((kept / "a" / "metrics.jsonl").read_bytes())[0] == expected[0][0]
         shutil.rmtree(kept)
-    train(run, Workdir(location), evaluator)
+    train(run, Workdir(location), evaluator, reports=False)
     check_equal(run, location, expected)
 
 
@@ -273,7 +273,7 @@ def test_training_continues_after_a_failed_save_if_so_configured(
     config = settings(pathlib.Path(run.config.data.directory), on_write_error="continue")
     patient = dataclasses.replace(run, config=config)
     with fault_until_step(gcs, name, 8) as repair:
-        train(patient, Workdir(location), evaluator, stop=repair)
+        train(patient, Workdir(location), evaluator, reports=False, stop=repair)
     check_equal(run, location, expected)
     messages = capsys.readouterr().err
     assert "Training continues (config.checkpoint.on_write_error = 'continue')" in messages
@@ -370,7 +370,7 @@ def test_start_that_missed_another_one_is_refused(
 ) -> None:
     workdir = Workdir(location)
     before = workdirs.load_previous_run(workdir)
-    train(run, Workdir(location), evaluator)
+    train(run, Workdir(location), evaluator, reports=False)
     stored = small_files(location)
     with pytest.raises(CheckpointError, match="another process has trained in this folder"):
         session.train_run(run, before, evaluator)
@@ -430,7 +430,7 @@ def downloaded(location: "epath.Path") -> Workdir:
 def test_second_process_cannot_use_the_run_of_another_network(
     run: Run, evaluator: Evaluator, location: "epath.Path"
 ) -> None:
-    train(run, Workdir(location), evaluator)
+    train(run, Workdir(location), evaluator, reports=False)
     stored = buckets.list_files(location)
     other = settings(pathlib.Path(run.config.data.directory))
     other.model.width = 0.25
@@ -514,8 +514,8 @@ def test_tensorboard_shows_a_run_in_a_bucket(
     run: Run, evaluator: Evaluator, location: "epath.Path", tmp_path: pathlib.Path
 ) -> None:
     with pytest.raises(Preempted):
-        train(run, Workdir(location), evaluator, stop=lambda step: step == 5)
-    train(run, Workdir(location), evaluator)
+        train(run, Workdir(location), evaluator, reports=False, stop=lambda step: step == 5)
+    train(run, Workdir(location), evaluator, reports=False)
     logdir, port = f"{location}/tensorboard", free_port()
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(

@@ -110,7 +110,11 @@ def test_stopped_run_of_old_version_resumes(name: str, folder: pathlib.Path) -> 
     assert (workdir / "report.html").exists()
 
 
-@pytest.mark.parametrize(("name", "which"), [("digits", "best"), ("image_folder", "last")])
+@pytest.mark.parametrize(
+    ("name", "which"),
+    # The next test reads those of digits in this process.
+    [pytest.param("digits", "best", marks=pytest.mark.slow), ("image_folder", "last")],
+)
 def test_old_checkpoint_evaluates_the_same(name: str, which: str, folder: pathlib.Path) -> None:
     result, log = main(folder, f"--workdir=runs/{name}", "--mode=eval", f"--checkpoint={which}")
     assert_evaluated(result, EXPECTED[name]["evaluate"][which]["result"])

@@ -486,12 +486,22 @@ def test_metrics_are_saved_with_each_step(folder: pathlib.Path) -> None:
         assert checkpoints.resolve("best") == 4
 
 
-@pytest.mark.parametrize("name", names.ODD, ids=ascii)
-def test_directory_names_with_special_characters(name: str, tmp_path: pathlib.Path) -> None:
-    # Other runs whose names match the same glob pattern must not be mixed in.
-    for neighbor in ("run1", "axb", "qx"):
-        with Checkpoints(tmp_path / neighbor / "checkpoints") as checkpoints:
+@pytest.fixture(scope="module")
+def neighbors(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Runs whose names match the glob patterns that some names look like."""
+    folder = tmp_path_factory.mktemp("neighbors")
+    for name in ("run1", "axb", "qx"):
+        with Checkpoints(folder / name / "checkpoints") as checkpoints:
             save(checkpoints, 4)
+    return folder
+
+
+@pytest.mark.parametrize("name", names.ODD, ids=ascii)
+def test_directory_names_with_special_characters(
+    name: str, neighbors: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    # They must not be mixed in.
+    shutil.copytree(neighbors, tmp_path, dirs_exist_ok=True)
     before = {folder.name for folder in tmp_path.iterdir()}
     folder = tmp_path / name / "checkpoints"
     with Checkpoints(folder) as checkpoints:
