@@ -101,7 +101,7 @@ def _showing(path: pathlib.Path, instead: paths.Path) -> Iterator[None]:
 
 
 class _FStringsAsTuples(ast.NodeTransformer):
-    """Replaces f-strings, in which Python 3.12 and earlier ones write other quotes, by tuples."""
+    """Replaces f-strings, whose quotes Python 3.11 and 3.12 unparse differently, by tuples."""
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.Tuple:
         """Returns the parts of an f-string."""
