@@ -138,6 +138,8 @@ def test_arguments_of_the_wrong_type_are_rejected(finished: tuple[run.Run, Workd
         (lambda: inception_jax.load_dataset(str(DIGITS)), "config: must be a Config, got str"),
         (lambda: inception_jax.evaluate(this.config, weights), "weights: must be Weights, got Con"),
         (lambda: inception_jax.evaluate(weights, DIGITS), "config: must be a Config, got PosixPa"),
+        (lambda: inception_jax.create_state(this.config), "run: must be a Run .* got Config"),
+        (lambda: inception_jax.make_train_step(this.config), "run: must be a Run .* got Config"),
     ):
         with pytest.raises(UserError, match=words):
             call()

@@ -15,7 +15,7 @@ from inception_jax.models.weights import Weights
 from inception_jax.storage import access, paths
 from inception_jax.training import kernels
 from inception_jax.training import state as states
-from inception_jax.training.run import Run
+from inception_jax.training.run import Run, check_run
 from inception_jax.training.state import TrainState, Variables
 
 
@@ -38,8 +38,9 @@ def create_state(run: Run) -> TrainState:
     config.init.pretrained.
 
     Raises:
-      UserError: if that file cannot be used.
+      UserError: if that file cannot be used, or `run` is not a run.
     """
+    check_run(run)
     abstract, create = states.lower_init(run)
     weights = initialize_from(run, abstract) if run.config.init.pretrained else None
     return with_initial_values(run, create(), weights)

@@ -232,6 +232,16 @@ def _check_kind(name: str, value: Any, kind: type, expected: str) -> None:
         raise ConfigError(f"{name}: must be {expected}, got {got}")
 
 
+def check_run(value: object) -> None:
+    """Checks that a caller passed a run, not its settings.
+
+    Raises:
+      UserError: if not.
+    """
+    if not isinstance(value, Run):
+        raise UserError(f"run: must be a Run from assemble(config), got {type(value).__name__}")
+
+
 def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
     """Yields the training batches of a run, each a function of its step alone.
 
@@ -246,8 +256,7 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
     Raises:
       UserError: if an argument is invalid.
     """
-    if not isinstance(run, Run):
-        raise UserError(f"run: must be a Run from assemble(config), got {type(run).__name__}")
+    check_run(run)
     stop = run.total_steps if stop is None else stop
     if not 0 <= start <= stop or start != int(start):
         raise UserError(f"start = {start}, stop = {stop}: must be integers with 0 <= start <= stop")

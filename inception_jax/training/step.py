@@ -18,7 +18,7 @@ from inception_jax.telemetry import compilations
 from inception_jax.training import ema, gradients, kernels, keys, losses, nonfinite
 from inception_jax.training.gradients import Loss
 from inception_jax.training.metrics import TrainMetrics
-from inception_jax.training.run import Batch, Run
+from inception_jax.training.run import Batch, Run, check_run
 from inception_jax.training.state import TrainState
 
 CompiledStep = futures.Future[jax.stages.Compiled]
@@ -112,7 +112,11 @@ def make_train_step(
         targets float32 [B, K]; None: as configured (`losses.objective`).
       augment: maps a key, images uint8 [B, H, W, 3] and labels int32 [B] to normalized images
         float32 [B, h, w, 3] and targets float32 [B, K]; None: as configured (`augment.augment`).
+
+    Raises:
+      UserError: if `run` is not a run.
     """
+    check_run(run)
     config, seed = run.config, run.config.seed
     time_constant = run.timeline.steps(config.train.ema)
     freeze = kernels.make_freeze(run) if config.init.whiten else None
