@@ -695,8 +695,8 @@ def register_dataset(
       images do not fit in memory. It requires the class names.
 
     The function can also return class names: `return splits, class_names`. Without class names,
-    the classes are named by their numbers. A label of −1 means unknown; it is allowed in splits
-    that are used neither for training nor for evaluation.
+    the classes are named by their numbers, and the training labels must be 0 to K - 1. A label of
+    −1 means unknown; it is allowed in splits that are used neither for training nor for evaluation.
 
     The function runs once: its result is written to `config.data.directory`, like a built-in data
     set. If config.data.on_change allows it, the data set is prepared again when the options, the

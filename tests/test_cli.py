@@ -411,7 +411,8 @@ def main(_):
     print("gr\xfcn", flush=True)
     with open("next.txt", "w") as file:
         file.write("opened next")
-    console.log("written")
+        console.log("written")
+        print("more", flush=True)
 cli.run(main, "")
 """
 DRAWS = r"""
@@ -464,7 +465,7 @@ def test_output_is_independent_of_the_environment(
 ) -> None:
     done = run_code(LISTS, tmp_path, environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.replace(b"\\xfc", "ü".encode()) == "grün\n".encode()
+    assert done.stdout.replace(b"\\xfc", "ü".encode()) == "grün\nmore\n".encode()
     assert done.stderr.count(b"\n") == 2
 
 
@@ -473,9 +474,9 @@ def test_output_is_independent_of_the_environment(
     [
         (">&-", ""),
         (">&- 2>&- <&-", ""),
-        ("2>&-", "grün\n"),
-        ("2>/dev/full", "grün\n"),
-        ("2> >(true)", "grün\n"),
+        ("2>&-", "grün\nmore\n"),
+        ("2>/dev/full", "grün\nmore\n"),
+        ("2> >(true)", "grün\nmore\n"),
     ],
 )
 def test_closed_standard_streams_do_not_fail_a_command(

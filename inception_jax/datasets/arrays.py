@@ -113,12 +113,13 @@ def check_labels(
     return array.astype(np.int32)
 
 
-def check_contiguous_labels(labels: np.ndarray, what: str) -> None:
+def check_contiguous_labels(labels: np.ndarray, what: str, remedy: str) -> None:
     """Checks that labels without class names use all of 0 to K - 1, K ≥ 2.
 
     Args:
       labels: int [N], at least 0.
       what: describes the labels in errors.
+      remedy: what to do if a number is missing.
 
     Raises:
       DataError: if a number is missing, or there is only one class.
@@ -129,8 +130,7 @@ def check_contiguous_labels(labels: np.ndarray, what: str) -> None:
     if occurring[-1] >= len(occurring):
         raise DataError(
             f"{what}: {len(occurring)} distinct values, up to {occurring[-1]}; must be 0 to "
-            f"{len(occurring) - 1}; renumber with np.unique(labels, return_inverse=True)[1], or "
-            "pass class_names"
+            f"{len(occurring) - 1}; {remedy}"
         )
 
 

@@ -81,7 +81,7 @@ def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
     if info.get("sha256 of this", "") not in ("", _info_digest(info)):
         return None, "info.json is damaged (checksum mismatch)"
     for file, size in info["files"].items():
-        path = _beside(cache, file)
+        path = _path_of(cache, file)
         actual_size = path.stat().st_size if path.exists() else 0
         if actual_size != size:
             return None, f"{file} has {actual_size:,} bytes; must have {size:,}"
@@ -91,10 +91,10 @@ def read_info(cache: pathlib.Path) -> tuple[Info | None, str]:
     return info, ""
 
 
-def _beside(cache: pathlib.Path, file: str) -> pathlib.Path:
-    """Returns the path of a file named in info.json; records are outside of the cache, at "../".
+def _path_of(cache: pathlib.Path, file: str) -> pathlib.Path:
+    """Returns the path of a file listed in info.json; those of records begin with "../".
 
-    Following the path instead would lead elsewhere where the folder of caches is a link.
+    Resolved as text, because the folder of caches may be a link.
     """
     return pathlib.Path(os.path.normpath(cache / file))
 
@@ -122,7 +122,7 @@ def open_split(data: config.Data, cache: pathlib.Path, info: Info, split: str) -
     # Imports TFDS (0.3 s).
     from inception_jax.datasets.records import Fields, Records
 
-    files = [_beside(cache, file) for file in info["records"][split]]
+    files = [_path_of(cache, file) for file in info["records"][split]]
     return RecordSplit(
         labels,
         data.image_size,
@@ -251,7 +251,7 @@ def write(recipe: Recipe, builder: Any, folder: pathlib.Path) -> Info:
             for split in builder.info.splits
         }
         for file in itertools.chain.from_iterable(info["records"].values()):
-            info["files"][file] = _beside(folder, file).stat().st_size
+            info["files"][file] = _path_of(folder, file).stat().st_size
     info["sha256 of this"] = _info_digest(info)
     with _open_synced(folder / "info.json") as file:
         file.write(json.dumps(info, indent=2).encode())

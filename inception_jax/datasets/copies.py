@@ -184,8 +184,8 @@ class FolderCopy:
                 name: {"size": each.size, "xxh3": each.chunks} for name, each in facts.items()
             },
         }
-        check()
-        generation = buckets.write_bytes(self._manifest, json.dumps(manifest).encode())
+        data = json.dumps(manifest).encode()
+        generation = buckets.write_bytes(self._manifest, data, check=check)
         self._write_record(_manifest_version(generation), names, names)
 
     def discard(self) -> None:

@@ -96,7 +96,11 @@ class Dataset:
         names = () if unnamed else arrays.check_class_names(class_names, "class_names")
         known = arrays.check_labels(labels, len(pixels), "labels", classes=len(names))
         if not names:
-            arrays.check_contiguous_labels(known, "labels")
+            arrays.check_contiguous_labels(
+                known,
+                "labels",
+                "renumber with np.unique(labels, return_inverse=True)[1], or pass class_names",
+            )
             names = arrays.numbered_names(int(known.max()) + 1)
         size = image_size or min(pixels.shape[1:3])
         if evaluation is None:

@@ -106,7 +106,9 @@ class _FStringsAsTuples(ast.NodeTransformer):
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.Tuple:
         """Returns the parts of an f-string."""
         self.generic_visit(node)
-        return ast.Tuple(node.values, ast.Load())
+        # Python 3.12 adds empty parts.
+        values = [each for each in node.values if getattr(each, "value", None) != ""]
+        return ast.Tuple(values, ast.Load())
 
     def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.Tuple:
         """Returns expression, conversion and format of a replacement field."""

@@ -170,8 +170,9 @@ def _comparison_figure(runs: Sequence[Mapping[str, Any]], metric: Metric) -> "Fi
             if split := run["splits"].get(name):
                 _plot_curve(axes, split, metric, name=run["name"], style=style, color=color)
     label = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
-    of = f"of {len(runs)} runs" if len(runs) > 1 else f"of {runs[0]['name']}"
-    _style_curve_axes(axes, f"{metric.title} {of}", "epoch", label)
+    name = figures.truncate(runs[0]["name"], _MAX_NAME_LENGTH)
+    of = f"{len(runs)} runs" if len(runs) > 1 else name
+    _style_curve_axes(axes, f"{metric.title} of {of}", "epoch", label)
     axes.set_xlim(left=0)
     return figure
 

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 _ATTEMPT_SECONDS = 60.0  # Of one attempt, without a byte from the server.
-# To connect and to answer, each: together less than half of a lease's duration.
+# To connect and to answer, each: together less than half of a lease's duration. Files of more than
+# 8 MiB take two requests.
 _CHECKED_ATTEMPT_SECONDS = 12.0
 _INITIAL_BACKOFF_SECONDS = 1.0
 # An outage has ended if no request fails for longer than an attempt and the longest pause take.

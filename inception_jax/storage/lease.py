@@ -88,8 +88,8 @@ def lease(
 
     Yields:
       A function to call before each write of what the lease guards. It usually returns immediately,
-      and otherwise renews the lease first. It raises a RunError if another process has taken over,
-      and a BucketError if the lease cannot be renewed.
+      and otherwise renews the lease first. It raises a RunError if another process has taken over
+      or the block has ended, and a BucketError if the lease cannot be renewed.
 
     Raises:
       UserError: if another process holds the lease, unless `wait`.
@@ -273,10 +273,14 @@ class _Lease:
         """
         if self._new_holder:
             raise self._lost_error(self._new_holder)
-        if self._ended.is_set():
-            raise RunError(f"{self._what}: released {self._path}, so nothing more is written there")
-        # A renewal counts from its start. After retries, another one is necessary.
-        while self._timing.now() - self._renewed > self._timing.seconds / 2:
+        while True:
+            if self._ended.is_set():
+                raise RunError(
+                    f"{self._what}: this process has released {self._path} and writes nothing more"
+                )
+            # A renewal counts from its start. After retries, another one is necessary.
+            if self._timing.now() - self._renewed <= self._timing.seconds / 2:
+                return
             self._renew()
 
     def release(self, log: Log) -> None:

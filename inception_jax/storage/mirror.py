@@ -113,12 +113,12 @@ class Mirror:
 
         Raises:
           BucketError: if a file cannot be uploaded; others may have been.
-          RunError: if the lock of the block of `uploading` was lost; nothing is uploaded.
+          RunError: if the lock of the block of `uploading` was lost; nothing more is uploaded.
         """
         self._upload_except(frozenset())
 
     def _upload_except(self, names: frozenset[str]) -> None:
-        # That of the block in which this starts, which may end while an upload is repeated.
+        # The check of the block that started this upload: it may end while the upload is retried.
         check = self._check
         with self._upload_lock:
             for name, version in self._changed_files().items():

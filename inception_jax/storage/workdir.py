@@ -94,7 +94,7 @@ class Workdir:
         """Uploads files in the background during a block, and all at its end.
 
         Args:
-          check: called before each upload; raises an error if another process may write.
+          check: called before each attempt to upload; raises an error if another process may write.
           log: called with lines about failed uploads in the background.
 
         Raises:

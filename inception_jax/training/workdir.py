@@ -367,7 +367,7 @@ def check_order(previous: PreviousRun, dataset: Dataset) -> None:
     if recorded and recorded != _order(dataset):
         raise _other_run_error(
             previous.workdir,
-            [f"data set's {_ORDER}: others, or in another order"],
+            ["data set: the names or the order of the training files differ"],
             "Use data prepared from the same folder or archive, or another --workdir",
         )
 

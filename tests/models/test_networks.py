@@ -85,8 +85,9 @@ def test_programs_name_what_their_equivalents_do(rewrite: ops.Rewrite, scope: st
     assert any(scope in path for path in operations(program.jaxpr))
 
 
-def test_groups_of_images_are_normalized_apart() -> None:
-    settings = config.Model(name="mini_googlenet", width=0.05, dropout=0.0, norm_epsilon=0.1)
+@pytest.mark.parametrize("name", ["googlenet", "mini_googlenet"])
+def test_groups_of_images_are_normalized_apart(name: str) -> None:
+    settings = config.Model(name=name, width=0.05, dropout=0.0, norm_epsilon=0.1)
     whole = networks.create(settings, 3, rewrite="")
     settings.norm_group_size = 2
     grouped = networks.create(settings, 3, rewrite="")

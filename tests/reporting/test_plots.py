@@ -172,6 +172,8 @@ def test_runs_are_drawn_together(tmp_path: pathlib.Path, axes: dict[str, Any]) -
     (curve,) = axes["loss.png"].lines
     assert curve.get_label() == "one, last 0.2"
     assert axes["loss.png"].get_title() == "Loss of one"
+    odd = _workdir(tmp_path / "two", short, name="caf\udce9" + "x" * 300)
+    assert len(report.plot_comparison([odd], tmp_path)) == 4
 
 
 def test_unusual_run_names_can_be_plotted(

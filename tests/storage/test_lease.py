@@ -266,9 +266,36 @@ def test_released_lease_permits_no_write(path: epath.Path) -> None:
     with take(path, timing=clock.timing()) as check:
         check()
     for _ in range(2):
-        with pytest.raises(RunError, match=f"^the thing: released {path}"):
+        with pytest.raises(RunError, match=f"^the thing: this process has released {path}"):
             check()
         clock.sleep(40)
+
+
+@pytest.mark.parametrize("fault", [None, servers.Status(503)], ids=str)
+def test_lease_released_during_a_check_permits_no_write(
+    fault: servers.Action | None,
+    path: epath.Path,
+    gcs: servers.Proxy,
+    quick_failures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by the end of its block, while a thread waits to renew it."""
+    clock = Clock()
+    with take(path, lambda line: None, clock.timing()) as check:
+        this = next(iter(lease._held))
+        renew = this._renew
+
+        def late() -> None:
+            if fault:
+                gcs.inject(fault)
+            this.release(lambda line: None)
+            renew()
+
+        monkeypatch.setattr(this, "_renew", late)
+        clock.sleep(40)
+        with pytest.raises(RunError, match=f"^the thing: this process has released {path}"):
+            check()
+        gcs.clear()
 
 
 @pytest.mark.parametrize("moment", ["acquire", "renew", "release"])

@@ -106,7 +106,7 @@ def test_other_order_of_the_training_images_is_rejected(tmp_path: pathlib.Path) 
     assert workdirs.dataset_identity(datasets[0]) == workdirs.dataset_identity(datasets[1])
     folder = start_run(tmp_path / "run", Config(), dataset=workdirs.dataset_record(datasets[0]))
     workdirs.check_order(workdirs.load_previous_run(folder), datasets[0])
-    with pytest.raises(CheckpointError, match="training file names: others, or in another order"):
+    with pytest.raises(CheckpointError, match="names or the order of the training files differ"):
         workdirs.check_order(workdirs.load_previous_run(folder), datasets[1])
     older = start_run(tmp_path / "older", Config(), dataset=workdirs.dataset_identity(datasets[0]))
     workdirs.check_order(workdirs.load_previous_run(older), datasets[1])

@@ -316,11 +316,13 @@ def layout(source: Source, mode: str = "auto") -> Layout:
 
 
 def _broken_links(source: Source, parents: Collection[str]) -> list[str]:
-    """Returns the links directly in some folders that cannot be followed and name no image."""
+    """Returns the links directly in some folders that cannot be followed and may name a class."""
     return [
         link
         for link in source.links
-        if link[: link.rfind("/") + 1] in parents and not has_image_extension(link)
+        if link[: link.rfind("/") + 1] in parents
+        and not has_image_extension(link)
+        and not file_types.is_sidecar(link)
     ]
 
 

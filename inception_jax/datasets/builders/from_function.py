@@ -187,7 +187,8 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
             )
         what = f"{self._prefix}, split {split!r}, labels"
         known = arrays.check_labels(returned_split.labels, returned_split.count, what)
-        arrays.check_contiguous_labels(known, what)
+        remedy = "renumber all splits alike, or return (splits, class_names)"
+        arrays.check_contiguous_labels(known, what, remedy)
         return arrays.numbered_names(int(known.max()) + 1)
 
     def _check_labels(self, split: str, returned_split: _ReturnedSplit) -> None:
@@ -233,8 +234,9 @@ class FunctionBuilder(base.ImageBuilder, skip_registration=True):  # type: ignor
 
     def _guarded(self, items: _ReturnedSplit) -> Iterator[Any]:
         """Yields what the function returned; a generator of its runs only now, and may fail."""
-        iterator = iter(items.examples)
         what = f"the data set {self._recipe.name!r}, split {items.split!r},"
+        with registry.as_config_error(self._recipe.part, what):
+            iterator = iter(items.examples)
         while True:
             with registry.as_config_error(self._recipe.part, what):
                 try:

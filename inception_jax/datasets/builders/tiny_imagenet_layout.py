@@ -209,9 +209,8 @@ def _images(source: Source, split: str) -> dict[str, _SourceImage]:
         if not file.lower().endswith((".jpeg", ".jpg")):
             if folders.has_image_extension(file):
                 raise DataError(
-                    f"{source.path}: {file} is not a JPEG file, as all images of Tiny ImageNet's "
-                    "layout must be. Move it away, or set config.data.name=image_folder to use "
-                    "images in other formats"
+                    f"{source.path}: the name of {file} does not end in .JPEG, .jpeg or .jpg, as "
+                    "in Tiny ImageNet's layout. Convert it, or move it away"
                 )
             continue
         *inner, name = file.split("/")[1:]

@@ -163,8 +163,8 @@ class FolderSource(Source):
             for file in (start + name for name in names):
                 if not is_hidden(file):
                     self.sizes[file], self._times[file] = _size_and_time(path / file)
-                    # No time: the link is broken.
-                    if not self._times[file] and (path / file).is_symlink():
+                    # Neither size nor time: perhaps a broken link.
+                    if not self._times[file] and not (path / file).exists():
                         self.links.append(file)
 
     def _read(self, path: str) -> bytes:

@@ -318,6 +318,18 @@ def test_error_of_a_generator_is_the_functions(
         prepare(data(tmp_path), log=quiet)
 
 
+def test_error_before_the_first_example_is_the_functions(
+    tmp_path: pathlib.Path, register: Any
+) -> None:
+    class Lines:
+        def __iter__(self) -> Iterator[Any]:
+            raise FileNotFoundError(2, "No such file", "list.csv")
+
+    register("mine", class_names=[*"abc"])(lambda settings: {"train": Lines(), "test": PAIR})
+    with pytest.raises(ConfigError, match=r"'train', failed.*: FileNotFoundError: .*list\.csv"):
+        prepare(data(tmp_path), log=quiet)
+
+
 def test_16_bit_files_have_a_common_depth(tmp_path: pathlib.Path, register: Any) -> None:
     def png(most: int) -> bytes:
         buffer = io.BytesIO()
@@ -347,6 +359,12 @@ def test_quotes_of_f_strings_do_not_change_the_code(
     real = ast.unparse
     monkeypatch.setattr(ast, "unparse", lambda tree: real(tree).replace("row['id']}", 'row["id"]}'))
     prepare(data(tmp_path), log=quiet)
+
+
+def test_empty_parts_of_f_strings_do_not_change_the_code() -> None:
+    """Python 3.12 adds them around a format that is itself replaced; 3.11 and 3.13 do not."""
+    tree = recipe._FStringsAsTuples().visit(ast.parse('f"{x:{w}}" f"{y!r:>{w}}"'))
+    assert ast.unparse(tree) == "((x, -1, ((w, -1, ''),)), (y, 114, ('>', (w, -1, ''))))"
 
 
 def test_data_of_earlier_digests_stay_usable(

@@ -362,6 +362,18 @@ def test_link_in_place_of_a_class_is_refused(form: str, place: str, tmp_path: pa
         prepare(data(path, tmp_path / "data"), log=quiet)
 
 
+def test_links_that_name_no_class_are_ignored(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x", archives.class_folders({"a": 4, "b": 4}, SIZE))
+    (path / "README.md").write_text("notes")
+    (path / "README").symlink_to("README.md")
+    shutil.make_archive(str(tmp_path / "x"), "tar", path)
+    assert prepare(data(tmp_path / "x.tar", tmp_path / "1"), log=quiet).class_names == ("a", "b")
+    # A link that works, to a file without a time, as in reproducible images of a disk.
+    (path / "list").symlink_to("README.md")
+    os.utime(path / "README.md", (0, 0))
+    assert prepare(data(path, tmp_path / "2"), log=quiet).class_names == ("a", "b")
+
+
 def test_broken_link_is_reported(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x", archives.class_folders({"a": 2, "b": 2}, SIZE))
     os.symlink(tmp_path / "nowhere", path / "a" / "link.jpg")
