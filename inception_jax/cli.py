@@ -132,8 +132,8 @@ def define_trained(*, or_config: bool = False) -> TrainedFlags:
         flags.DEFINE_string("checkpoint", "best", "with --workdir: best, last or a step number"),
         define_path(
             "parts",
-            "with --weights of a custom network: the Python file that registers it. It is "
-            "executed: use only files you trust",
+            "the Python file that registers a custom network, for --weights, or if the file that "
+            "--workdir recorded is gone. It is executed: use only files you trust",
         ),
     )
     if or_config:
@@ -143,7 +143,6 @@ def define_trained(*, or_config: bool = False) -> TrainedFlags:
         message = "give either --workdir=DIR or --weights=FILE"
         require_one("workdir", "weights", message=message)
     require_with("checkpoint", "workdir")
-    require_with("parts", "weights")
     return defined
 
 
@@ -241,6 +240,8 @@ def require_with(name: str, other: str, value: str = "") -> None:
 
 def overrides() -> set[str]:
     """Returns the paths of the settings, and of entries of mappings, that the command line sets."""
+    if flags.FLAGS.config is None:
+        return set()
     return _entries_set | config_flags.get_override_values(flags.FLAGS["config"]).keys()
 
 
@@ -316,7 +317,7 @@ def run(main: Callable[[Sequence[str]], None], usage: str, *, settings_of: str =
     try:
         if _HELP & set(sys.argv[1:]):
             print(_help(usage))
-        elif len(sys.argv) == 1 and settings_of:
+        elif len(sys.argv) == 1 and settings_of and _starts_runs():
             raise UserError(
                 f"no flags given; use --config=FILE --{settings_of}=DIR to start a run, or "
                 f"--{settings_of}=DIR to resume it. See --help"
@@ -494,8 +495,17 @@ def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return rest, entries
 
 
+def _starts_runs() -> bool:
+    """Whether this is the command that trains."""
+    return "mode" in flags.FLAGS
+
+
 def _put_entries(entries: Mapping[str, str]) -> None:
     """Sets entries of mappings in the parsed configuration."""
+    if entries and "config" not in flags.FLAGS:
+        raise UserError(
+            f"--config.{min(entries)}: settings come with the run or the weights; remove this flag"
+        )
     _mappings_before.clear()
     _entries_set.clear()
     _entries_set.update(entries)
@@ -506,7 +516,8 @@ def _put_entries(entries: Mapping[str, str]) -> None:
         )
         kind, value = configs.entry_type(path), text
         if kind is not str:
-            with contextlib.suppress(ValueError, SyntaxError):  # A word needs no quotes.
+            # A word needs no quotes.
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):
                 value = ast.literal_eval(text.capitalize() if kind is bool else text)
         configs.put(flags.FLAGS.config, path, value)
 
@@ -531,9 +542,13 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
         with access.naming_flag(settings_of, folder):
             is_run = access.is_file(record)
         if not is_run:
+            remedy = (
+                ". Start one with --config=FILE, for example --config=experiments/tiny.py"
+                if _starts_runs()
+                else ""
+            )
             raise UserError(
-                f"--{settings_of}={folders[-1]}: not a run (it has no config.json). Start one with "
-                "--config=FILE, for example --config=experiments/tiny.py"
+                f"--{settings_of}={folders[-1]}: not a run (it has no config.json){remedy}"
             )
         files = [str(record)]
     if not files and overridden and "config" in flags.FLAGS:

@@ -158,7 +158,10 @@ def import_parts(
         if name in registered:
             continue
         what = f"{record}: its {kind} {name!r} was registered by {path}"
-        remedy = "Use --config=FILE with the experiment that registers it, or import its module"
+        remedy = (
+            "Give the file that registers it, with --config=FILE to train and --parts=FILE in "
+            "other commands, or import its module"
+        )
         if not path.is_file():
             raise CheckpointError(f"{what}, which does not exist. {remedy}")
         log(f"running {path}, which registers the {kind} {name!r} of this run")

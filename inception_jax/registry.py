@@ -263,7 +263,7 @@ class Registry(Generic[PartT]):
                 raise ConfigError(
                     f"register_{self.kind}({name!r}): must decorate a function, got {function!r}"
                 )
-            file, line = _source_location(function)
+            file, line = _registration(function, sys._getframe(1))
             part = self._part(
                 name=name,
                 build=function,
@@ -349,12 +349,33 @@ def as_config_error(part: Part, what: str) -> Iterator[None]:
         if part.is_builtin:
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == part.file]
+        lines = [each.lineno for each in frames if os.path.abspath(each.filename) == part.file]
         where = f" (line {lines[-1]})" if lines else ""
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
             f"{part.location}: {what} failed{where}: {type(error).__name__}: {reason}"
         ) from error
+
+
+def _registration(function: Any, caller: types.FrameType) -> tuple[str, int]:
+    """Returns the file whose execution registers a function or class, and the line.
+
+    That is the file of the function, unless another one imports and registers it. The path is
+    absolute, because the program may change its folder.
+
+    Args:
+      function: the function or class.
+      caller: the frame that registers it.
+    """
+    file, line = _source_location(function)
+    running: set[str] = set()
+    frame: types.FrameType | None = caller
+    while frame:
+        running.add(frame.f_code.co_filename)
+        frame = frame.f_back
+    if file not in running:
+        file, line = caller.f_code.co_filename, caller.f_lineno
+    return os.path.abspath(file) if os.path.isfile(file) else file, line
 
 
 def _source_location(function: Any) -> tuple[str, int]:
@@ -498,6 +519,7 @@ def register_metric(
 _RESERVED_METRIC_NAMES = (
     *("step", "epoch", "split", "count", "seconds", "learning_rate", "gradient_norm"),
     *("images_per_second", "input_wait", "resident_memory", "free_disk", "evaluations"),
+    *("name", "checkpoint", "environment", "seconds_by_phase"),
     # And the names of a checkpoint's metric sums.
     *("first_nonfinite_step", "_reduction_counter"),
 )

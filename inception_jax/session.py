@@ -148,9 +148,8 @@ def evaluate_weights(
     """Evaluates a file of weights on the configured data set."""
     run.check_settings(config, log=console.log)
     join(config)
-    return evaluate.evaluate_weights(
-        run.assemble(config, log=console.log), weights.load(path, console.log)
-    )
+    loaded = weights.load(path, console.log)
+    return evaluate.evaluate_weights(run.assemble(config, log=console.log), loaded)
 
 
 def join_processes(

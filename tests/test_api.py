@@ -567,3 +567,15 @@ def test_run_of_a_registered_network_needs_only_its_folder(
     registry.MODELS._parts = dict(before)
     with pytest.raises(CheckpointError, match=rf"{path}, which does not exist. Use --config=FILE"):
         inception_jax.load_weights(tmp_path / "run")
+
+
+def test_weights_are_read_before_data_are_prepared(tmp_path: pathlib.Path) -> None:
+    done = command.run(
+        "main",
+        "--config=experiments/digits.py",
+        f"--config.data.directory={tmp_path / 'data'}",
+        f"--weights={tmp_path / 'none.safetensors'}",
+        "--mode=eval",
+    )
+    assert done.returncode == 2 and "none.safetensors" in done.stderr
+    assert not (tmp_path / "data").exists()

@@ -12,6 +12,7 @@ from inception_jax.config import (
     Augment,
     Checkpoint,
     Config,
+    Data,
     Evaluation,
     Log,
     Schedule,
@@ -137,6 +138,17 @@ def test_nothing_is_chosen_without_auto_size() -> None:
         assert not auto_settings.describe(config, found)
     config = Config()
     assert resolve(config, 10) is config
+
+
+def test_settings_that_an_older_version_accepted_stay_valid(data_directory: pathlib.Path) -> None:
+    """As where a run with open settings is resumed."""
+    config = open_settings()
+    config.data = Data(name="digits", directory=str(data_directory), image_size=8)
+    config.model.name = "mini_googlenet"
+    config.optimizer.name, config.optimizer.beta1 = "sgd", 0.8
+    with pytest.raises(ConfigError, match=r"optimizer\.beta1"):
+        configs.validate(config)
+    assert run.assemble(config, log=lambda line: None).config.train.batch_size
 
 
 def test_batch_size_is_a_multiple_of_the_devices() -> None:

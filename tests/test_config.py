@@ -508,7 +508,8 @@ def test_every_setting_is_in_the_help_and_the_reference() -> None:
     for path, _, field in configs.leaves():
         assert field.metadata["help"]
         if configs.entry_group(path) is None:
-            assert f"--config.{path}=" in text
+            name = f"{path}.NAME" if configs.is_mapping(path) else path
+            assert f"--config.{name}=" in text
             assert f"| `{path}`" in page
 
 

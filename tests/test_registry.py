@@ -50,6 +50,43 @@ def test_rerun_file_replaces_its_part(
         assert METRICS.get("mine").build is names["mine"]
 
 
+def test_same_file_by_another_path_replaces_its_part(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(METRIC.format(value=1))
+    monkeypatch.chdir(tmp_path)
+    run("mine.py", path.read_text())
+    assert METRICS.get("mine").file == str(path)
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir("sub")
+    for other in ("../mine.py", str(path)):
+        run(other, path.read_text())
+    assert METRICS.get("mine").location == f"{path}, line 4"
+    with (
+        pytest.raises(ConfigError, match=r"failed \(line 2\)"),
+        registry.as_config_error(METRICS.get("mine"), "it"),
+    ):
+        run("../mine.py", "\nraise KeyError")
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "import flax.linen as nn\nclass Direct(nn.Module):\n    size: int = 3",
+        "import dataclasses\n@dataclasses.dataclass\nclass Direct:\n    size: int = 3",
+        "from colorsys import rgb_to_hsv as Direct",
+    ],
+    ids=["module", "dataclass", "imported"],
+)
+def test_file_that_registers_is_recorded(definition: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"import inception_jax as ij\n{definition}\nij.register_metric('m')(Direct)\n")
+    run(str(path), path.read_text())
+    part = METRICS.get("m")
+    assert (part.file, part.line) == (str(path), len(path.read_text().splitlines()))
+
+
 def test_duplicate_names_are_rejected(tmp_path: pathlib.Path) -> None:
     one, other = tmp_path / "one.py", tmp_path / "other.py"
     for path in (one, other):

@@ -124,6 +124,8 @@ def help_text(config: Config, *, is_default: bool = True) -> str:
         for each in members:
             value = each.default if ".NAME." in each.path else get(config, each.path)
             shown = flag(each.path, value)
+            if is_mapping(each.path) and not value:
+                shown = f"--config.{each.path}.NAME=VALUE"
             if not is_default and value != each.default:
                 shown += f"   (default: {each.default!r})"
             allowed = f" [{each.allowed}]" if each.allowed else ""

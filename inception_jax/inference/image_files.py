@@ -9,7 +9,7 @@ from typing import NamedTuple
 from inception_jax.datasets.builders import folders
 from inception_jax.datasets.sources.files import MAX_BYTES, FolderSource
 from inception_jax.errors import DataError, join_truncated
-from inception_jax.storage import access, buckets, paths
+from inception_jax.storage import access, atomic, buckets, paths
 
 # The argument for standard input.
 STDIN = "-"
@@ -42,6 +42,8 @@ def find(arguments: Sequence[str]) -> ImageFiles:
       DataError: if a path does not exist, a folder cannot be read, or no file is found.
       BucketError: if a bucket cannot be read.
     """
+    if "" in arguments:
+        raise DataError("'': an empty path; no image was classified")
     places = {path: paths.user_path(path, path) for path in arguments if path != STDIN}
     below: dict[str, list[str] | None] = {STDIN: None}
     missing: list[str] = []
@@ -90,7 +92,14 @@ def _below(path: paths.Path) -> list[str] | None:
             raise FileNotFoundError(path)
         if not path.is_dir():
             return None
-        found = list(FolderSource(path, is_hidden=folders.is_hidden).sizes)
+        source = FolderSource(path, is_hidden=folders.is_hidden)
+        # Heat maps of an earlier command, plots of runs.
+        outputs = tuple(
+            file.removesuffix(atomic.MARKER)
+            for file in source.hidden
+            if file.endswith(f"/{atomic.MARKER}")
+        )
+        found = [file for file in source.sizes if not file.startswith(outputs)]
     else:
         if access.is_file(path):
             return None
@@ -133,6 +142,8 @@ def read(path: str) -> bytes:
     """
     try:
         if path == STDIN:
+            if sys.stdin is None:
+                raise DataError("standard input: is closed, so no image can be read from it")
             data = sys.stdin.buffer.read(MAX_BYTES + 1)
         else:
             data = access.read_bytes(paths.from_text(path), MAX_BYTES + 1)

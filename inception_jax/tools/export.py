@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from inception_jax import cli, console
+from inception_jax.errors import UserError
 
 if TYPE_CHECKING:
     from inception_jax.config import Config
@@ -63,6 +64,11 @@ cli.require_with("float_ends", "quantize", "int8")
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
+    if _QUANTIZE.value == "none" and (overridden := cli.overrides()):
+        raise UserError(
+            f"--config.{min(overridden)}: has no effect without --quantize=int8; settings come "
+            "with the trained weights"
+        )
     from inception_jax.inference import load
     from inception_jax.models import weights
     from inception_jax.runtime import devices

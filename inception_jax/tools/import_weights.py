@@ -98,7 +98,7 @@ def read_names(path: paths.Path, count: int) -> tuple[str, ...]:
       OSError, BucketError: if the file cannot be read.
     """
     try:
-        names = tuple(access.read_bytes(path).decode().splitlines())
+        names = tuple(access.read_bytes(path).decode("utf-8-sig").splitlines())
     except UnicodeDecodeError as error:
         raise DataError(f"--class_names={path}: must be UTF-8 text: {error}") from error
     if not count:

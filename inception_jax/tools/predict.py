@@ -14,7 +14,7 @@ from absl import flags
 
 from inception_jax import cli, console
 from inception_jax.errors import DataError, RunError, UserError, join_truncated
-from inception_jax.storage import access
+from inception_jax.storage import access, paths
 
 if TYPE_CHECKING:
     from inception_jax.config import Data
@@ -85,6 +85,8 @@ def main(positional: Sequence[str]) -> None:
     from inception_jax.inference import image_files
 
     images = image_files.find(positional) if positional else None
+    if images and _EXPLAIN.value is not None:
+        _check_explain_folder(images)
     from inception_jax.inference import load
     from inception_jax.runtime import devices
 
@@ -113,6 +115,17 @@ def _check_flags(positional: Sequence[str]) -> None:
         raise UserError(
             "--split: cannot be combined with --json, --csv, --explain or --top; omit those"
         )
+
+
+def _check_explain_folder(images: "ImageFiles") -> None:
+    """Refuses to write heat maps where images of the same name are read."""
+    folder = paths.absolute(_EXPLAIN.value)
+    for name in images.files:
+        if name != "-" and paths.absolute(paths.from_text(name)).parent == folder:
+            raise UserError(
+                f"--explain={_EXPLAIN.value}: contains images to classify, such as {name}; use "
+                "another folder"
+            )
 
 
 def _predict_files(weights: "Weights", images: "ImageFiles") -> None:

@@ -293,7 +293,8 @@ def _resolve_auto_settings(
             "override any with --config.NAME=VALUE"
         )
     if resolved is not config:
-        configs.validate(resolved)
+        # What was accepted before is accepted; a chosen value may break a rule.
+        configs.validate(resolved, recorded=config)
         hosts.check_consistent("settings", lambda: configs.shared(resolved))
     return resolved
 

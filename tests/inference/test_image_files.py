@@ -7,7 +7,7 @@ import pytest
 
 from inception_jax.errors import DataError, UserError
 from inception_jax.inference import image_files
-from inception_jax.storage import buckets, paths
+from inception_jax.storage import atomic, buckets, paths
 from tests import archives
 
 
@@ -23,6 +23,17 @@ def test_folders_are_searched_in_natural_order(tmp_path: pathlib.Path) -> None:
     images = image_files.find([folder])
     assert images.files == [os.path.join(folder, name) for name in expected]
     assert not images.skipped
+
+
+def test_outputs_of_commands_are_ignored(tmp_path: pathlib.Path) -> None:
+    folder = write(tmp_path, "a.jpg", "more/b.jpg")
+    for output in ("maps", "more/run/plots"):
+        atomic.make_output_folder(tmp_path / output)
+        write(tmp_path / output, "a.png")
+    expected = [os.path.join(folder, name) for name in ("a.jpg", "more/b.jpg")]
+    assert image_files.find([folder]).files == expected
+    maps = str(tmp_path / "maps")
+    assert image_files.find([maps]).files == [os.path.join(maps, "a.png")]
 
 
 def test_natural_order_is_total() -> None:
@@ -63,6 +74,7 @@ def test_file_arguments_are_always_included(tmp_path: pathlib.Path) -> None:
     [
         (["a.jpg", "no\nsuch", "nor/this"], r"'no\\\\nsuch', 'nor/this': no such file or folder"),
         (["-", "a.jpg", "-"], "given only once"),
+        (["a.jpg", ""], "'': an empty path"),
         (["empty"], "no file has an image extension"),
         (["texts"], r"no file has an image extension.*Skipped: texts/a\.txt"),
     ],
@@ -106,6 +118,12 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xd8")))
     assert image_files.read(image_files.STDIN) == b"\xff\xd8"
     assert image_files.display_name(image_files.STDIN) == "standard input"
+
+
+def test_closed_standard_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input: is closed"):
+        image_files.read(image_files.STDIN)
 
 
 def test_unreadable_file_is_reported(tmp_path: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ from inception_jax.models import networks, torchvision_weights, weights
 from inception_jax.models.torchvision_weights import ImportedWeights, from_torchvision
 from inception_jax.models.weights import Weights
 from inception_jax.storage import buckets, paths
+from inception_jax.tools import import_weights
 from tests import command
 
 State = dict[str, np.ndarray]
@@ -286,3 +287,10 @@ def test_command_logs_what_it_skipped(state: State, tmp_path: pathlib.Path, buck
         assert message in done.stderr
     assert "googlenet_torchvision, no classifier" in done.stdout
     assert weights.load(target).num_classes == 0
+
+
+def test_class_names_may_begin_with_a_byte_order_mark(tmp_path: pathlib.Path) -> None:
+    """As in files that Windows programs write."""
+    path = tmp_path / "names.txt"
+    path.write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert import_weights.read_names(path, 2) == ("cat", "dog")

@@ -108,6 +108,10 @@ def test_int8_has_its_own_accuracy(data_directory: pathlib.Path, tmp_path: pathl
             "config.data.image_size = 16: must be 17, the network's image size",
         ),
         (["--to=tflite"], "--to"),
+        (
+            ["--to=onnx", "--config=experiments/digits.py", "--config.evaluation.image_size=20"],
+            "--config.evaluation.image_size: has no effect without --quantize=int8",
+        ),
     ],
 )
 def test_usage_error_exits_with_2(

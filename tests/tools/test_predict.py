@@ -202,6 +202,8 @@ def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> Non
         (["--split=test", "--top=3"], "--split: cannot be combined with"),
         (["README.md", "--workdir=x"], "give either --workdir=DIR or --weights=FILE"),
         (["README.md", "--config.train.batch_size=2"], "config.train.batch_size"),
+        (["README.md", "--config.model.options.a=2"], "--config.model.options.a: settings come"),
+        (["docs/frontier.png", "--explain=docs/../docs"], "contains images to classify, such as"),
     ],
 )
 def test_usage_error_exits_with_2(arguments: list[str], message: str) -> None:
