@@ -105,6 +105,12 @@ def given(flag: flags.FlagHolder[paths.Path | None]) -> paths.Path:
     return flag.value
 
 
+@functools.cache
+def _register_parts(path: paths.Path) -> None:
+    """Runs the file that --parts names, once."""
+    experiments.register_parts(path, "--parts=")
+
+
 class TrainedFlags(NamedTuple):
     """The flags that select trained weights."""
 
@@ -116,7 +122,7 @@ class TrainedFlags(NamedTuple):
     def values(self) -> dict[str, Any]:
         """Runs the file that registers the network, if any, and returns arguments of `load`."""
         if self.parts.value is not None:
-            experiments.register_parts(self.parts.value, "--parts=")
+            _register_parts(self.parts.value)
         return {flag.name: flag.value for flag in (self.workdir, self.weights, self.checkpoint)}
 
 
@@ -143,6 +149,11 @@ def define_trained(*, or_config: bool = False) -> TrainedFlags:
         message = "give either --workdir=DIR or --weights=FILE"
         require_one("workdir", "weights", message=message)
     require_with("checkpoint", "workdir")
+    flags.register_multi_flags_validator(
+        ["parts", "workdir", "weights"],
+        lambda given: bool(not given["parts"] or given["workdir"] or given["weights"]),
+        "--parts: requires --workdir or --weights",
+    )
     return defined
 
 
@@ -551,6 +562,9 @@ def _with_config(argv: Sequence[str], settings_of: str) -> list[str]:
                 f"--{settings_of}={folders[-1]}: not a run (it has no config.json){remedy}"
             )
         files = [str(record)]
+        # Before the record, which names the parts.
+        for given_file in _take(argv, "parts")[1] if "parts" in flags.FLAGS else ():
+            _register_parts(paths.user_path(given_file, f"--parts={given_file}"))
     if not files and overridden and "config" in flags.FLAGS:
         if not settings_of and (_take(argv, "workdir")[1] or _take(argv, "weights")[1]):
             raise UserError(

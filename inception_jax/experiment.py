@@ -159,8 +159,8 @@ def import_parts(
             continue
         what = f"{record}: its {kind} {name!r} was registered by {path}"
         remedy = (
-            "Give the file that registers it, with --config=FILE to train and --parts=FILE in "
-            "other commands, or import its module"
+            "Give the file that registers it, with --config=FILE, or with --parts=FILE where a "
+            "command has that flag, or import its module"
         )
         if not path.is_file():
             raise CheckpointError(f"{what}, which does not exist. {remedy}")

@@ -29,7 +29,7 @@ from typing import Any, Generic, TypeVar
 
 from inception_jax.errors import ConfigError, UserError, nearest
 
-_PACKAGE = pathlib.Path(__file__).parent
+_PACKAGE = pathlib.Path(os.path.abspath(__file__)).parent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -349,7 +349,11 @@ def as_config_error(part: Part, what: str) -> Iterator[None]:
         if part.is_builtin:
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [each.lineno for each in frames if os.path.abspath(each.filename) == part.file]
+        lines = [
+            each.lineno
+            for each in frames
+            if part.file in (each.filename, os.path.abspath(each.filename))
+        ]
         where = f" (line {lines[-1]})" if lines else ""
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
@@ -400,6 +404,8 @@ def _identity(part: Part) -> tuple[str, str]:
 
 def _conflicts(before: Part, part: Part) -> bool:
     """Whether two parts with the same name differ, rather than one being registered again."""
+    if before.build is part.build:
+        return False
     if _identity(before) != _identity(part):
         return True
     # A file that is run again has new globals; notebook cells share those of the notebook.

@@ -1,7 +1,9 @@
 """Registries: repeated registration, locations, and errors of custom parts."""
 
 import functools
+import importlib.util
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -68,6 +70,28 @@ def test_same_file_by_another_path_replaces_its_part(
         registry.as_config_error(METRICS.get("mine"), "it"),
     ):
         run("../mine.py", "\nraise KeyError")
+
+
+def test_builtin_parts_are_recognized_by_any_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after sys.path.insert(0, "..") in a notebook."""
+    path = pathlib.Path(registry.__file__).parent / ".." / "inception_jax" / "registry.py"
+    spec = importlib.util.spec_from_file_location("registry_by_another_path", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # For its dataclasses.
+    spec.loader.exec_module(module)
+    assert module.Part(name="x", build=print, file=registry.__file__).is_builtin
+
+
+def test_imported_function_is_registered_again_after_an_edit(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    for start in ("", "# More.\n"):
+        lines = (
+            "import inception_jax as ij, colorsys\nij.register_metric('m')(colorsys.rgb_to_hsv)\n"
+        )
+        path.write_text(start + lines)
+        run(str(path), path.read_text())
+    assert METRICS.get("m").line == 3
 
 
 @pytest.mark.parametrize(
@@ -152,6 +176,13 @@ def test_errors_of_custom_parts_name_the_line(tmp_path: pathlib.Path) -> None:
         registry.as_config_error(part, "the thing"),
     ):
         raise UserError("as it is")
+    cell = "<ipython-input-3-abc>"
+    build = run(cell, "def build():\n    raise KeyError('x')\n")["build"]
+    with (
+        pytest.raises(ConfigError, match=r"it failed \(line 2\)"),
+        registry.as_config_error(Part(name="mine", build=build, file=cell, line=1), "it"),
+    ):
+        build()
     # Errors of built-in parts are bugs, not mistakes of the user.
     builtin = OPTIMIZERS.get("sgd")
     with pytest.raises(ZeroDivisionError), registry.as_config_error(builtin, "the optimizer"):

@@ -31,9 +31,9 @@ def find(arguments: Sequence[str]) -> ImageFiles:
     """Finds the image files of a command's arguments, without reading any.
 
     Files are in the order of the arguments and, within a folder, in natural order: 2.jpg comes
-    before 10.jpg. Folders are searched recursively, ignoring system files and names that start with
-    a dot, and skipping files without an image extension. A file given as an argument is always
-    included.
+    before 10.jpg. Folders are searched recursively, ignoring system files, names that start with a
+    dot and folders that this program wrote, and skipping files without an image extension. A file
+    or folder given as an argument is always included.
 
     Args:
       arguments: paths of files and folders, local or in a bucket, and at most once `STDIN`.
@@ -72,7 +72,8 @@ def find(arguments: Sequence[str]) -> ImageFiles:
     if not images.files:
         more = f" Skipped: {join_truncated(images.skipped)}." if images.skipped else ""
         raise DataError(
-            f"{folders.quote_and_join(arguments)}: no file has an image extension (.jpg, .png, …)."
+            f"{folders.quote_and_join(arguments)}: no file has an image extension (.jpg, .png, …), "
+            f"hidden files and this program's output aside."
             f"{more} To read a file whatever its name, give its path"
         )
     return images

@@ -304,6 +304,8 @@ class _Lease:
 
     def _renew(self) -> None:
         with self._locked():
+            if self._new_holder:  # Found by another thread.
+                raise self._lost_error(self._new_holder)
             if not self._record.released:
                 self._replace(released=False)
 

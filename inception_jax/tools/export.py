@@ -64,7 +64,8 @@ cli.require_with("float_ends", "quantize", "int8")
 def main(positional: Sequence[str]) -> None:
     """Runs the command."""
     cli.refuse_positional(positional)
-    if _QUANTIZE.value == "none" and (overridden := cli.overrides()):
+    overridden = [name for name in cli.overrides() if not name.startswith("bucket.")]
+    if _QUANTIZE.value == "none" and overridden:
         raise UserError(
             f"--config.{min(overridden)}: has no effect without --quantize=int8; settings come "
             "with the trained weights"

@@ -348,6 +348,30 @@ def test_loser_stops_and_leaves_the_lease_to_the_winner(path: epath.Path) -> Non
     assert contents(path) == winner | {"released": True, "renewals": 1}
 
 
+def test_loser_does_not_take_the_lease_back(
+    path: epath.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may notice the loss while this one waits to renew."""
+    clock = Clock()
+    with take(path, lambda line: None, clock.timing()) as check:
+        this = next(iter(lease._held))
+        renew = this._renew
+        winner = contents(path) | {"holder": "another", "process": 123}
+        buckets.write_bytes(path, json.dumps(winner).encode())
+
+        def late() -> None:
+            monkeypatch.setattr(this, "_renew", renew)
+            with pytest.raises(RunError):
+                renew()
+            renew()
+
+        monkeypatch.setattr(this, "_renew", late)
+        clock.sleep(40)
+        with pytest.raises(RunError, match="took over because this process did not renew"):
+            check()
+        assert contents(path) == winner
+
+
 def test_loser_that_did_not_notice_does_not_release_the_lease(path: epath.Path) -> None:
     first_lines: list[str] = []
     with contextlib.ExitStack() as winner:

@@ -146,6 +146,12 @@ def test_explain_writes_heat_maps_with_json(path: pathlib.Path, photos: pathlib.
     assert drawn == ["1.png", "10.png", "9.png"]
 
 
+def test_heat_maps_do_not_replace_linked_images(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.png").symlink_to(command.ROOT / "docs" / "frontier.png")
+    done = command.run("tools.predict", str(tmp_path), f"--explain={tmp_path}", "--weights=none")
+    assert done.returncode == 2 and "contains images to classify" in done.stderr
+
+
 def test_unlabeled_split_becomes_leaderboard_file(tmp_path: pathlib.Path) -> None:
     source = archives.write_tiny_imagenet(tmp_path / "tiny.zip", 10, 2, 1, 12, size=16)
     data = Data(

@@ -209,8 +209,8 @@ def _images(source: Source, split: str) -> dict[str, _SourceImage]:
         if not file.lower().endswith((".jpeg", ".jpg")):
             if folders.has_image_extension(file):
                 raise DataError(
-                    f"{source.path}: the name of {file} does not end in .JPEG, .jpeg or .jpg, as "
-                    "in Tiny ImageNet's layout. Convert it, or move it away"
+                    f"{source.path}: {file}: names of images in Tiny ImageNet's layout must end in "
+                    ".JPEG, .jpeg or .jpg. Convert it, or move it away"
                 )
             continue
         *inner, name = file.split("/")[1:]

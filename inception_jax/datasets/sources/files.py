@@ -163,8 +163,8 @@ class FolderSource(Source):
             for file in (start + name for name in names):
                 if not is_hidden(file):
                     self.sizes[file], self._times[file] = _size_and_time(path / file)
-                    # Neither size nor time: perhaps a broken link.
-                    if not self._times[file] and not (path / file).exists():
+                    # Without a time, it may be a broken link.
+                    if not self._times[file] and not os.path.exists(path / file):
                         self.links.append(file)
 
     def _read(self, path: str) -> bytes:

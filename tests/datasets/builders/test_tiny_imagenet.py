@@ -94,7 +94,9 @@ def test_other_formats_are_refused(
     tmp_path: pathlib.Path, files: dict[str, bytes], place: str
 ) -> None:
     source = archives.write_files(tmp_path / "x", files | {f"{place}/more.png": b"?"})
-    with pytest.raises(DataError, match=rf"name of {place}/more\.png does not end in \.JPEG"):
+    with pytest.raises(
+        DataError, match=rf"{place}/more\.png: names of images .* must end in \.JPEG"
+    ):
         prepared(source, tmp_path)
 
 
