@@ -377,7 +377,8 @@ def _registration(function: Any, caller: types.FrameType) -> tuple[str, int]:
     while frame:
         running.add(frame.f_code.co_filename)
         frame = frame.f_back
-    if file not in running:
+    # Generated code, as of a dataclass, has the name "<string>".
+    if file not in running or file == "<string>":
         file, line = caller.f_code.co_filename, caller.f_lineno
     return os.path.abspath(file) if os.path.isfile(file) else file, line
 

@@ -565,7 +565,7 @@ def test_run_of_a_registered_network_needs_only_its_folder(
     assert f"running {path}, which registers the model 'test_net' of this run" in done.stderr
     path.unlink()
     registry.MODELS._parts = dict(before)
-    with pytest.raises(CheckpointError, match=rf"{path}, which does not exist. Use --config=FILE"):
+    with pytest.raises(CheckpointError, match=rf"{path}, which does not exist\. Give the file"):
         inception_jax.load_weights(tmp_path / "run")
 
 

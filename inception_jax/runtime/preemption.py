@@ -154,7 +154,7 @@ def save_on_interrupt(log: Callable[[str], None]) -> Iterator[Callable[[int], bo
         signal.signal(signal.SIGINT, before)
 
 
-_RESUME = "Saved files are intact; rerun the same command to continue from them"
+_RESUME = "Saved files are intact; rerun the same command to resume from them"
 
 
 def _install_handlers() -> dict[signal.Signals, Any]:
