@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -139,13 +138,11 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("damage", [0, 1, 100])
-def test_corrupt_entry_is_logged_once_and_rewritten(
-    damage: int, filled: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    for entry in entries(tmp_path):
+def test_corrupt_entry_is_logged_once_and_rewritten(damage: int, filled: pathlib.Path) -> None:
+    # In place, because older versions of JAX find no entries in another folder.
+    for entry in entries(filled):
         entry.write_bytes(entry.read_bytes()[:damage])
-    where = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    where = {"JAX_COMPILATION_CACHE_DIR": str(filled)}
     folder, logged, *results = compile_in(COMPILE + AGAIN, **where)
     assert logged.startswith(f"log: {folder}: cannot read compiled programs: ")
     assert results == ["41 compiled", "41 cached"]
