@@ -44,7 +44,7 @@ class Part:
         unknown, so any may be changed.
       check: yields what is wrong with a configuration that names the part; None: no check.
       file: file that registered it.
-      line: line of that file where the function begins.
+      line: line of that file where the function begins or, if it is imported, is registered.
     """
 
     name: str
