@@ -229,6 +229,7 @@ def test_checkpoints_are_valid_when_copied(
 def test_copied_checkpoint_that_arrives_damaged_is_read_again(
     template: tuple[pathlib.Path, dict[str, bytes]], empty: "epath.Path", gcs: Proxy
 ) -> None:
+    buckets.set_retry_seconds(20)  # The first pause is random, up to a second.
     put(template[0], empty)
     rule = gcs.inject(FlipBit(20), operation="read", name="*/6/*ocdbt*", times=1)
     assert integrity.find_corruption(empty / "6") == "" and rule.applied == 1
