@@ -417,7 +417,7 @@ class Init:
     pretrained: str = setting(
         "",
         "weights file that a new run starts from (see tools.export and tools.import_weights); "
-        "ignored on resume; empty = random initialization",
+        "not read again on resume; empty = random initialization",
         path=True,
     )
     identity_convs: bool = setting(
@@ -470,7 +470,7 @@ class Train:
     ema: str = resumable_duration(
         "",
         "time constant of the exponential moving average (EMA) of parameters and BatchNorm "
-        "statistics that evaluation uses; empty = no EMA",
+        "statistics that evaluation uses; empty = no EMA; a resumed run cannot add or remove it",
     )
     on_nonfinite: str = resumable(
         "stop",

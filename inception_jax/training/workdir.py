@@ -118,7 +118,7 @@ def require_record(
     if _CLASS_NAMES not in record.dataset:
         raise CheckpointError(
             f"{workdir.location_of(workdir.config)}: written by an older version, without class "
-            "names. Rerun the training command once to add them; a finished run exits immediately"
+            "names. Rerun the training command once to add them; a finished run is only evaluated"
         )
     network = record.own.get("model")
     if network and not has_model:
