@@ -129,8 +129,14 @@ def assemble(
     Raises:
       ConfigError: if a setting is invalid, or an object has the wrong type.
       DataError: if the data set cannot be prepared.
+      UserError: if JAX computes in 64 bits.
     """
     _use_settings(config)
+    if jax.config.jax_enable_x64:
+        raise UserError(
+            "inception_jax.assemble: jax_enable_x64 is set, but training computes in 32 bits; "
+            "first call jax.config.update('jax_enable_x64', False)"
+        )
     given = _as_dataset(dataset)
     config = copy.deepcopy(config) if given is None else run.config_for_dataset(config, given)
     run.check_settings(config)
@@ -267,7 +273,7 @@ def evaluate(subject: Weights | Run, context: Config | TrainState, /) -> dict[st
     _use_settings(context)
     assert isinstance(context, Config)
     run.check_settings(context)
-    return evaluate_weights(run.assemble(context, log=console.log), subject)
+    return evaluate_weights(run.assemble(context, trains=False, log=console.log), subject)
 
 
 @functools.lru_cache(maxsize=2)

@@ -20,7 +20,7 @@ from inception_jax.reporting import report
 from inception_jax.runtime import devices, environment, preemption
 from inception_jax.storage import access, buckets, lock, paths
 from inception_jax.storage.workdir import Workdir
-from inception_jax.training import initialization, loop, run, schedules
+from inception_jax.training import checkpoints, initialization, loop, run, schedules
 from inception_jax.training import workdir as workdirs
 from inception_jax.training.reporter import OnEvaluation
 from inception_jax.training.run import Run
@@ -136,10 +136,10 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint of a run: "best", "last" or a step."""
     workdir = _open_workdir(location)
     before, config, _, _ = _resolve_settings(workdir, config, origin, {})
+    checkpoints.check_exists(workdir.checkpoints, checkpoint)
     join(config)
-    return evaluate.evaluate_checkpoint(
-        _assemble(config, before, {}), workdir, checkpoint, console.log
-    )
+    setup = _assemble(config, before, {}, trains=False)
+    return evaluate.evaluate_checkpoint(setup, workdir, checkpoint, console.log)
 
 
 def evaluate_weights(
@@ -149,7 +149,8 @@ def evaluate_weights(
     run.check_settings(config, log=console.log)
     join(config)
     loaded = weights.load(path, console.log)
-    return evaluate.evaluate_weights(run.assemble(config, log=console.log), loaded)
+    setup = run.assemble(config, trains=False, log=console.log)
+    return evaluate.evaluate_weights(setup, loaded)
 
 
 def join_processes(
@@ -276,8 +277,10 @@ def _resolve_settings(
     return before, config, workdirs.check_compatible(before, config, own), experiment
 
 
-def _assemble(config: Config, before: PreviousRun, objects: Mapping[str, Any]) -> Run:
-    setup = run.assemble(config, **objects, log=console.log)
+def _assemble(
+    config: Config, before: PreviousRun, objects: Mapping[str, Any], *, trains: bool = True
+) -> Run:
+    setup = run.assemble(config, **objects, trains=trains, log=console.log)
     workdirs.check_dataset(before, workdirs.dataset_identity(setup.dataset))
     return setup
 

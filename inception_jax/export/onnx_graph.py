@@ -174,6 +174,8 @@ class _Graph:
     def _add_operation(self, equation: Any, inputs: Sequence[Value]) -> Value:
         """Adds an operation and returns its output."""
         primitive, params = equation.primitive.name, equation.params
+        if not inputs:
+            raise NotImplementedError(f"the operation {primitive} cannot be converted to ONNX")
         x = inputs[0]
         if all(isinstance(given, np.ndarray) for given in inputs):
             return _evaluate_constant(equation, list(map(np.asarray, inputs)))
@@ -197,8 +199,9 @@ class _Graph:
         if primitive == "copy":
             return x
         if primitive == "concatenate":
-            return self.add("Concat", *inputs, axis=_NCHW_AXES[params["dimension"]])
-        if primitive == "reduce_sum":
+            axis = params["dimension"]
+            return self.add("Concat", *inputs, axis=_NCHW_AXES[axis] if image.ndim == 4 else axis)
+        if primitive == "reduce_sum" and image.ndim == 4:
             axes = np.array([_NCHW_AXES[axis] for axis in params["axes"]], np.int64)
             return self.add("ReduceSum", x, axes, keepdims=0)
         if primitive == "dot_general" and params["dimension_numbers"] == (((1,), (0,)), ((), ())):

@@ -481,7 +481,9 @@ def _propagate_receptive_field(equation: JaxprEqn, value: _TracedArray) -> _Trac
         return value._replace(receptive_field=None, jump=None)  # Windows of several sizes.
     window, stride = 1, 1
     if primitive == "conv_general_dilated":
-        window, stride = _array(equation.invars[1]).shape[0], equation.params["window_strides"][0]
+        dilation = equation.params["rhs_dilation"][0]
+        window = 1 + (_array(equation.invars[1]).shape[0] - 1) * dilation
+        stride = equation.params["window_strides"][0]
     elif primitive in ("reduce_window_max", "reduce_window_sum"):
         window = equation.params["window_dimensions"][1]
         stride = equation.params["window_strides"][1]

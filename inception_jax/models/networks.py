@@ -5,7 +5,7 @@ Each factory imports its module only when it is called, so listing the names is 
 
 import dataclasses
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from inception_jax import config as configs
@@ -184,11 +184,19 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
                 "or use a model or stem that downsamples less"
             )
     if isinstance(network, protocol.Adapter):
-        _check_output(network, config.data.image_size, num_classes)
+        variables = _check_output(network, config.data.image_size, num_classes)
+        _check_paths(network, variables["params"], num_classes)
+        for path, size in sizes[1:]:
+            if size not in (0, config.data.image_size):
+                _check_size(network, variables, path, size)
 
 
-def _check_output(network: Any, image_size: int, num_classes: int) -> None:
-    """Checks that a custom network returns logits and only has variables that training keeps."""
+def _check_output(network: Any, image_size: int, num_classes: int) -> Any:
+    """Checks that a custom network returns logits and only has variables that training keeps.
+
+    Returns:
+      The shapes and dtypes of its variables.
+    """
     import jax
     import jax.numpy as jnp
     from flax.errors import FlaxError
@@ -234,3 +242,55 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> None:
             f"{subject} has the variable collections {', '.join(others)}, which training does not "
             "keep; store parameters in params and statistics in batch_stats"
         )
+    return variables
+
+
+def _check_paths(network: Any, params: Any, num_classes: int) -> None:
+    """Checks that the layers that a custom network declares exist."""
+    from inception_jax.models import protocol
+
+    subject = f"{network.place}: the model {network.display_name!r}"
+    for attribute in ("first_conv", "classifiers"):
+        declared = protocol.get_attribute(network, attribute, ())
+        for path in (declared,) if isinstance(declared, str) else declared:
+            node = params
+            for name in path.split("/"):
+                node = node.get(name, {}) if isinstance(node, Mapping) else {}
+            kernel = node.get("kernel") if isinstance(node, Mapping) else None
+            if kernel is None:
+                raise ConfigError(
+                    f"{subject} declares {attribute} = {declared!r}, but has no parameter "
+                    f"{path}/kernel; the first parts of its paths are {', '.join(params)}"
+                )
+            if attribute == "classifiers" and kernel.shape[-1] != num_classes:
+                raise ConfigError(
+                    f"{subject} declares classifiers = {declared!r}, but {path} computes "
+                    f"{kernel.shape[-1]} values, not {num_classes} logits"
+                )
+
+
+def _check_size(network: Any, variables: Any, setting: str, size: int) -> None:
+    """Checks that a custom network can be called with images of another size."""
+    import jax
+    import jax.numpy as jnp
+    from flax.errors import FlaxError
+
+    from inception_jax.models import protocol
+
+    train = setting.startswith("train.")
+    plain = protocol.with_plain_ops(network)
+
+    def call(variables: Any, images: jax.Array) -> Any:
+        rngs = {"dropout": jax.random.key(0)} if train else None
+        mutable = ["batch_stats"] if train else False
+        return plain.apply(variables, images, train=train, rngs=rngs, mutable=mutable)
+
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    try:
+        jax.eval_shape(call, variables, images)
+    except (AttributeError, TypeError, ValueError, FlaxError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"config.{setting}: {network.place}: the model {network.display_name!r} failed for "
+            f"images of {size} px: {type(error).__name__}: {reason}"
+        ) from error

@@ -169,8 +169,8 @@ def save(path: paths.Path, weights: Weights, *, dtype: str = "float32") -> None:
             "train it by name"
         )
     arrays = {
-        name: np.ascontiguousarray(
-            value, jnp.dtype(dtype if name.startswith("params/") else "float32")
+        name: np.asarray(
+            value, jnp.dtype(dtype if name.startswith("params/") else "float32"), order="C"
         )
         for name, value in flatten(weights.variables).items()
     }

@@ -63,7 +63,7 @@ def check_batch_size(batch_size: int, device_count: int, num_microbatches: int =
             factors += f" × {num_microbatches} micro-batches (config.train.grad_accum_steps)"
         raise ConfigError(
             f"config.train.batch_size = {batch_size}: must be a multiple of {divisor}: {factors}. "
-            f"Set it to {' or '.join(nearest)}"
+            f"Set it to {' or '.join(nearest)}, or use a number of devices that divides it"
         )
 
 

@@ -26,7 +26,7 @@ class Watchdog:
 
     Args:
       clock: the run's clock.
-      limit: seconds without a phase change that count as a stall; 0 disables the watchdog.
+      limit: seconds without a phase change that count as a stall; 0: never.
       long_limit: the same during compilation and evaluation.
       log: called with a line of text.
       dump: writes the stacks of all threads.
@@ -48,7 +48,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._limit:
+        if self._limit or self._long_limit:
             self._thread.start()
         return self
 
@@ -76,5 +76,6 @@ class Watchdog:
             self._dump()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self._limit / _CHECKS_PER_LIMIT):
+        shortest = min(filter(None, (self._limit, self._long_limit)))
+        while not self._stopped.wait(shortest / _CHECKS_PER_LIMIT):
             self.check()

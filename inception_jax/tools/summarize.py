@@ -108,10 +108,9 @@ def _draw_weights(
     if image is None:
         return written
     written.append(folder / "activations.png")
-    modules = (block.name for block in structure.blocks() if len(block.layers) > 1)
-    layer = (
-        _LAYER.value or next(modules, "") or next(iter(feature_maps.spatial_layers(weights)), "")
-    )
+    spatial = feature_maps.spatial_layers(weights)
+    modules = (each.name for each in structure.blocks() if len(each.layers) > 1)
+    layer = _LAYER.value or next((name for name in (*modules, *spatial) if name in spatial), "")
     predictor = Predictor(weights)
     pixels = predictor.read(image, str(_IMAGE.value))
     maps = feature_maps.compute_activations(predictor, pixels, layer)

@@ -57,6 +57,28 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+def check_exists(directory: paths.Path, which: str) -> None:
+    """Checks, without reading it, that there is a checkpoint given as "best", "last" or a number.
+
+    Raises:
+      UserError: if `which` is neither.
+      CheckpointError: if there is none.
+    """
+    is_step = which.isdecimal()
+    if not is_step and which not in ("best", "last"):
+        raise UserError(f"--checkpoint={which}: must be best, last or a step number")
+    steps = integrity.list_steps(directory)
+    if not steps or (is_step and int(which) not in steps):
+        raise _not_found(directory, which)
+
+
+def _not_found(directory: paths.Path, which: str, state: str = "") -> CheckpointError:
+    available = ", ".join(map(str, integrity.list_steps(directory))) or "none"
+    return CheckpointError(
+        f"{directory}: no {state}checkpoint {which!r} found; available steps: {available}"
+    )
+
+
 class Checkpoints:
     """The checkpoints of one workdir; a context manager that waits for the last write.
 
@@ -163,23 +185,13 @@ class Checkpoints:
           UserError: if `which` is neither.
           CheckpointError: if the checkpoint does not exist or is corrupt.
         """
-        steps = integrity.list_steps(self._directory)
-        if which in ("best", "last"):
-            candidates = self._ranked(which)
-        elif which.isdecimal():
-            candidates = [int(which)] if int(which) in steps else []
-        else:
-            raise UserError(f"--checkpoint={which}: must be best, last or a step number")
+        check_exists(self._directory, which)
+        candidates = [int(which)] if which.isdecimal() else self._ranked(which)
         for step in candidates:
             if not (problem := integrity.find_corruption(self._directory / str(step))):
                 return step
             self._log(f"{self._directory / str(step)}: corrupt checkpoint: {problem}")
-        available = ", ".join(map(str, steps)) or "none"
-        intact = "intact " if candidates else ""
-        raise CheckpointError(
-            f"{self._directory}: no {intact}checkpoint {which!r} found; available steps: "
-            f"{available}"
-        )
+        raise _not_found(self._directory, which, "intact " if candidates else "")
 
     def roles(self, step: int) -> str:
         """Returns whether a step is "best", "last", "best and last" or neither ("")."""

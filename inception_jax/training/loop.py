@@ -83,6 +83,8 @@ def train(
         if step >= last_step:
             # Killed between its last checkpoint and its result, or shortened since then.
             results = evaluate(state.eval_variables(), _due_evaluations(run, last_step))
+            if not checkpoints.metrics(step):  # It was not evaluated when it was saved.
+                reporter.report_eval(step, results)
             reporter.publish_eval(step, results)
 
         batches = _batches(run, step, train_steps, clock)

@@ -301,6 +301,12 @@ class TrainMetrics:
             first_nonfinite_step=first,
         )
 
+    def without_nonfinite_step(self) -> Self:
+        """Returns the metrics as if all of their steps had been finite."""
+        before = self.first_nonfinite_step.step
+        never = jax.device_put(np.full_like(before, NEVER), before.sharding)
+        return dataclasses.replace(self, first_nonfinite_step=FirstStep(never))
+
     def compute(self) -> dict[str, float]:
         """Returns the means on the host, after waiting for their steps.
 

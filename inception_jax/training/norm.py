@@ -33,7 +33,10 @@ class NormEstimator:
     def __init__(self, run: Run) -> None:
         self._run = run
         examples = min(run.config.evaluation.norm_examples, len(run.dataset.train))
-        self._batches = -(-examples // run.config.train.batch_size)
+        train = run.config.train
+        # Larger batches than the training step's micro-batches may not fit in memory.
+        self._batch_size = train.batch_size // train.grad_accum_steps
+        self._batches = -(-examples // self._batch_size)
         if protocol.get_attribute(run.model, "norm_momentum") is None:
             self._batches = 0
         replicated = sharding.replicated(run.mesh)
@@ -50,7 +53,7 @@ class NormEstimator:
         if self._batches and variables["batch_stats"]:
             batch = pipeline.abstract_train_batch(
                 self._run.dataset.train_eval_view,
-                batch_size=self._run.config.train.batch_size,
+                batch_size=self._batch_size,
                 mesh=self._run.mesh,
             )
             self._compute = self._jitted.lower(
@@ -64,7 +67,7 @@ class NormEstimator:
             return state
         batches = pipeline.train_batches(
             run.dataset.train_eval_view,
-            batch_size=run.config.train.batch_size,
+            batch_size=self._batch_size,
             seed=run.config.seed,
             start=0,
             stop=self._batches,

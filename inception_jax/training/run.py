@@ -145,6 +145,7 @@ def assemble(
     optimizer: optax.GradientTransformation | None = None,
     *,
     mesh: Mesh | None = None,
+    trains: bool = True,
     log: Callable[[str], None] = print,
 ) -> Run:
     """Builds a run from its configuration, preparing the data set if necessary.
@@ -153,6 +154,7 @@ def assemble(
       config: validated settings; the run's copy has automatic settings filled in.
       dataset, model, optimizer: used in place of the configured ones, as in `api.assemble`.
       mesh: the devices, which may be ones that this machine does not have; None: all of JAX's.
+      trains: whether it will be trained, so that its batches must be divisible by the devices.
       log: called with lines about the preparation, and a warning if the dtype is slow here.
 
     Raises:
@@ -162,7 +164,8 @@ def assemble(
     """
     mesh = mesh or sharding.make_mesh()
     device = mesh.devices.flat[0]
-    sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.grad_accum_steps)
+    if trains:
+        sharding.check_batch_size(config.train.batch_size, mesh.size, config.train.grad_accum_steps)
     if dataset is None:
         with during("prepare"):
             dataset = prepare(config.data, log=log)
@@ -258,7 +261,8 @@ def train_batches(run: Run, start: int = 0, stop: int | None = None) -> Iterator
     """
     check_run(run)
     stop = run.total_steps if stop is None else stop
-    if not 0 <= start <= stop or start != int(start):
+    integers = all(hasattr(each, "__index__") for each in (start, stop))
+    if not integers or not 0 <= start <= stop:
         raise UserError(f"start = {start}, stop = {stop}: must be integers with 0 <= start <= stop")
     config = run.config
     return pipeline.train_batches(

@@ -104,6 +104,9 @@ def _restore_or_initialize(
         state = initialization.with_initial_values(run, create(), weights)
         return state, Clock(), train_steps, weights.notes if weights else []
     state, progress = checkpoints.restore(first, abstract_state)
+    if run.config.train.on_nonfinite != "skip":
+        # Steps that an earlier start skipped did not change the parameters.
+        state = state.replace(metrics=state.metrics.without_nonfinite_step())
     return state, Clock(initial=progress["seconds"]), train_steps, []
 
 

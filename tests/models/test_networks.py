@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from jax.extend.core import Jaxpr
 
 from inception_jax import config
 from inception_jax.errors import ConfigError
-from inception_jax.models import introspect, networks, ops
+from inception_jax.models import introspect, networks, ops, protocol
 from inception_jax.registry import MODELS
 
 
@@ -228,3 +229,34 @@ def test_a_network_without_batch_norm_learns() -> None:
         params, last = step(params)
     assert 0.5 < float(first) < 10, "the signal neither vanishes nor explodes"
     assert float(last) < 0.5 * float(first)
+
+
+class Flat(nn.Module):
+    """A custom network that only fits one image size, and declares its layers."""
+
+    first_conv = "Conv_0"
+    classifiers = ("Dense_0",)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Conv(4, (3, 3), strides=4)(images)
+        return nn.Dense(5)(x.reshape(len(x), -1))
+
+
+def check_flat(classifiers: tuple[str, ...] = ("Dense_0",), **train: Any) -> None:
+    network = type("Declared", (Flat,), {"classifiers": classifiers})()
+    settings = config.Config(data=config.Data(image_size=32), train=config.Train(**train))
+    networks.check(protocol.adapt(network, name="flat", place="here"), settings, 5)
+
+
+def test_network_for_one_size_is_refused_before_training() -> None:
+    check_flat()
+    with pytest.raises(ConfigError, match=r"config\.train\.image_sizes: .*flat.* of 16 px"):
+        check_flat(image_sizes=(16, 32))
+
+
+def test_declared_layers_must_exist() -> None:
+    with pytest.raises(ConfigError, match=r"no parameter head/kernel; .* Conv_0, Dense_0"):
+        check_flat(("head",))
+    with pytest.raises(ConfigError, match="Conv_0 computes 4 values, not 5 logits"):
+        check_flat(("Conv_0",))

@@ -21,7 +21,7 @@ from inception_jax.config.other_names import Renamed
 from inception_jax.errors import ConfigError, DataError, UserError
 from inception_jax.models import weights
 from inception_jax.models.weights import Weights
-from tests import command
+from tests import command, small
 
 
 def example(**changes: object) -> Weights:
@@ -288,3 +288,11 @@ def test_published_weights_are_read() -> None:
 
 def test_weights_name_their_checkpoint() -> None:
     assert "step 12, epoch 1.50 (best checkpoint), top-1 99.50%" in str(example())
+
+
+def test_scalar_parameters_keep_their_shape(tmp_path: pathlib.Path) -> None:
+    given = small.weights()
+    given.variables["params"]["temperature"] = np.float32(2)
+    weights.save(tmp_path / "w.safetensors", given)
+    arrays, _ = weights.read_arrays(tmp_path / "w.safetensors")
+    assert arrays["params/temperature"].shape == ()

@@ -93,3 +93,10 @@ def test_thread_shows_where_a_run_hangs() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("1 no progress for")
     assert "in hanging" in done.stderr and "Thread" in done.stderr
+
+
+def test_a_limit_alone_is_watched() -> None:
+    for limits in ({"limit": 0, "long_limit": 0.05}, {"limit": 0.05, "long_limit": 0}):
+        _, clock, watchdog, _ = watched(**limits)
+        with clock.phase("other"), watchdog:
+            assert watchdog._thread.is_alive()
