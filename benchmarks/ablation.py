@@ -180,7 +180,8 @@ def main() -> None:
     try:
         for variant in arguments.only or plan.variants:
             for seed in seeds:
-                results.setdefault(variant, []).append(train(plan, variant, seed, arguments))
+                result = train(plan, variant, seed, arguments)
+                results.setdefault(variant, []).append(result)
     except KeyboardInterrupt:
         measure.log("interrupted; rerun the same command to continue. Finished so far:")
     measure.write_json(

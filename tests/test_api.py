@@ -462,6 +462,11 @@ def test_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib
     assert inception_jax.train(config, tmp_path, **objects)["step"] == step + 2
 
 
+def test_custom_loop_in_64_bits_is_refused(data_directory: pathlib.Path) -> None:
+    with jax.enable_x64(True), pytest.raises(UserError, match=r"jax_enable_x64 is set, .* first"):
+        inception_jax.assemble(small.config(data_directory))
+
+
 def test_jax_settings_are_restored_after_a_run() -> None:
     logged: list[str] = []
     jax.config.update("jax_enable_x64", True)

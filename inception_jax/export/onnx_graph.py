@@ -175,7 +175,7 @@ class _Graph:
         """Adds an operation and returns its output."""
         primitive, params = equation.primitive.name, equation.params
         if not inputs:
-            raise NotImplementedError(f"the operation {primitive} cannot be converted to ONNX")
+            raise _unsupported(primitive)
         x = inputs[0]
         if all(isinstance(given, np.ndarray) for given in inputs):
             return _evaluate_constant(equation, list(map(np.asarray, inputs)))
@@ -228,7 +228,7 @@ class _Graph:
             return self.add("Mul", mean, np.array(np.prod(pool["kernel_shape"]), np.float32))
         if primitive == "reduce_window_sum" and params["window_dimensions"][:3] == (1, 1, 1):
             return self._channel_sum(x, equation)
-        raise NotImplementedError(f"the operation {primitive} cannot be converted to ONNX")
+        raise _unsupported(primitive)
 
     def _binary(self, primitive: str, inputs: Sequence[Value]) -> str:
         """Adds an elementwise operation, with constants made channels-first."""
@@ -244,6 +244,10 @@ class _Graph:
         distance = np.arange(channels)[None, :] - np.arange(channels)[:, None] + before
         band = ((distance >= 0) & (distance < window)).astype(np.float32)
         return self.add("Conv", x, band[:, :, None, None])
+
+
+def _unsupported(primitive: str) -> NotImplementedError:
+    return NotImplementedError(f"the operation {primitive} cannot be converted to ONNX")
 
 
 def _to_channels_first(value: Value) -> Value:

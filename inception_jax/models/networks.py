@@ -214,20 +214,17 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> Any:
         plain.apply(variables, jnp.concatenate([images, images]), train=False)
         return variables, output[0]
 
-    subject = f"{network.place}: the model {network.display_name!r}"
+    subject = _subject(network)
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     required = f"it must return logits, float [2, {num_classes}], or a ModelOutput of such arrays"
     try:
         variables, output = jax.eval_shape(call, images)
     except (AttributeError, TypeError, ValueError, FlaxError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         last = traceback.extract_tb(error.__traceback__)[-1].filename
         # The adapter reads the dtype of something that is not an array.
         if isinstance(error, AttributeError) and last == protocol.__file__:
             raise ConfigError(f"{subject} returned no logits ({error}); {required}") from error
-        raise ConfigError(
-            f"{subject} failed for 2 images of {image_size} px: {type(error).__name__}: {reason}"
-        ) from error
+        raise _failure(subject, image_size, error) from error
     for logits in (output.logits, *output.aux):
         shape = getattr(logits, "shape", None)
         if shape != (2, num_classes) or not jnp.issubdtype(logits.dtype, jnp.floating):
@@ -249,7 +246,7 @@ def _check_paths(network: Any, params: Any, num_classes: int) -> None:
     """Checks that the layers that a custom network declares exist."""
     from inception_jax.models import protocol
 
-    subject = f"{network.place}: the model {network.display_name!r}"
+    subject = _subject(network)
     for attribute in ("first_conv", "classifiers"):
         declared = protocol.get_attribute(network, attribute, ())
         for path in (declared,) if isinstance(declared, str) else declared:
@@ -277,7 +274,7 @@ def _check_size(network: Any, variables: Any, setting: str, size: int) -> None:
 
     from inception_jax.models import protocol
 
-    train = setting.startswith("train.")
+    train = setting == "train.image_sizes"
     plain = protocol.with_plain_ops(network)
 
     def call(variables: Any, images: jax.Array) -> Any:
@@ -289,8 +286,15 @@ def _check_size(network: Any, variables: Any, setting: str, size: int) -> None:
     try:
         jax.eval_shape(call, variables, images)
     except (AttributeError, TypeError, ValueError, FlaxError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"config.{setting}: {network.place}: the model {network.display_name!r} failed for "
-            f"images of {size} px: {type(error).__name__}: {reason}"
-        ) from error
+        raise _failure(f"config.{setting}: {_subject(network)}", size, error) from error
+
+
+def _subject(network: Any) -> str:
+    return f"{network.place}: the model {network.display_name!r}"
+
+
+def _failure(subject: str, image_size: int, error: Exception) -> ConfigError:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return ConfigError(
+        f"{subject} failed for 2 images of {image_size} px: {type(error).__name__}: {reason}"
+    )

@@ -7,6 +7,8 @@ from typing import Self, TextIO
 
 from inception_jax import console
 
+_MIN_PAUSE_SECONDS = 0.1
+
 
 class Progress(console.Progress):
     """Shows the progress of a training run.
@@ -66,8 +68,9 @@ class Progress(console.Progress):
           step: steps done so far, including this one.
         """
         if self._bar is not None:
-            if (paused := self._pauses()) > self._paused:
-                self._paused = paused
+            before, self._paused = self._paused, self._pauses()
+            # The phases of a pause also take microseconds in steps without one.
+            if self._paused - before > _MIN_PAUSE_SECONDS:
                 self._bar.unpause()
             self._bar.update((step - self._step) * self._batch_size)
         self._step = step

@@ -82,7 +82,8 @@ def train(
         results: EvalResults = {}
         if step >= last_step:
             # Killed between its last checkpoint and its result, or shortened since then.
-            results = evaluate(state.eval_variables(), _due_evaluations(run, last_step))
+            with clock.phase("evaluate"):
+                results = evaluate(state.eval_variables(), _due_evaluations(run, last_step))
             if not checkpoints.metrics(step):  # It was not evaluated when it was saved.
                 reporter.report_eval(step, results)
             reporter.publish_eval(step, results)

@@ -304,7 +304,7 @@ class TrainMetrics:
     def without_nonfinite_step(self) -> Self:
         """Returns the metrics as if all of their steps had been finite."""
         before = self.first_nonfinite_step.step
-        never = jax.device_put(np.full_like(before, NEVER), before.sharding)
+        never = jax.device_put(np.int32(NEVER), before.sharding)
         return dataclasses.replace(self, first_nonfinite_step=FirstStep(never))
 
     def compute(self) -> dict[str, float]:

@@ -132,6 +132,20 @@ def test_flattening_keeps_the_order_of_pixels() -> None:
     check_conversion(lambda x: nn.relu(x.reshape(len(x), -1)) @ matrix)
 
 
+def test_features_are_concatenated() -> None:
+    matrix = np.random.default_rng(7).normal(size=(6, 4)).astype(np.float32)
+
+    def network(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x.mean((1, 2)), (x * x).mean((1, 2))], -1) @ matrix
+
+    check_conversion(network)
+
+
+def test_operation_without_inputs_is_named() -> None:
+    with pytest.raises(NotImplementedError, match="operation iota cannot"):
+        check_conversion(lambda x: x.mean((1, 2)) * jax.lax.iota(jnp.float32, 3)[None])
+
+
 def test_unsupported_operation_is_named() -> None:
     with pytest.raises(NotImplementedError, match="cos"):
         onnx_graph.convert(

@@ -74,7 +74,9 @@ def test_bar_unpauses_after_compilation(monkeypatch: pytest.MonkeyPatch) -> None
         progress.step(1)
         compiled = 3.0
         progress.step(2)
-        progress.step(3)
+        for step in range(3, 9):
+            compiled += 1e-5  # Entering the phase takes time, too.
+            progress.step(step)
     assert unpaused == [1]
 
 

@@ -583,6 +583,19 @@ def test_run_shortened_below_its_step_only_reports(
     assert lines_without_timing(folder) == before
 
 
+def test_run_shortened_to_a_step_without_evaluation_reports_one(
+    reference: tuple[run.Run, Workdir], data_directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    this, folder = reference[0], Workdir(tmp_path)
+    with pytest.raises(Preempted):
+        small.train(this, folder, evaluator_of(this), changed=[], stop=lambda now: now == 4)
+    config = small.config(data_directory)
+    config.train.duration = "3 steps"
+    result = train_again(small.build(config), folder)
+    rows = [line for line in lines_without_timing(folder) if line["split"] != "train"]
+    assert [(row["step"], row["top1"]) for row in rows] == [(4, result["top1"])]
+
+
 def test_nonfinite_loss_stops_run(data_directory: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = small.config(data_directory, schedule=Schedule(name="constant", learning_rate=1e30))
     this = small.build(config)

@@ -248,3 +248,14 @@ def test_describe_nonfinite() -> None:
     assert describe(np.array([False, True, True, True])) == "the loss was"
     assert describe(np.array([True, False, True, False])) == "the gradient of a, c was"
     assert describe(np.array([False] * 4)) == "the loss and the gradient of all modules were"
+
+
+def test_run_with_skipped_steps_resumes_with_stop(
+    build: Build, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_before_step(5, patch)
+        with pytest.raises(Stopped):
+            train(build(3), tmp_path)
+    assert (tmp_path / "checkpoints" / "3").exists()
+    assert train(build(on_nonfinite="stop"), tmp_path)[-1]["step"] == 12

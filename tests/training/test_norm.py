@@ -120,3 +120,13 @@ def test_checkpoint_has_evaluated_statistics_and_training_is_unaffected(
         )
     one, other = (each.eval_variables()["batch_stats"]["conv1"]["norm"]["mean"] for each in ends)
     assert not np.allclose(one, other, rtol=1e-2)
+
+
+def test_statistics_are_those_of_micro_batches(data_directory: pathlib.Path) -> None:
+    estimated = []
+    for batch_size, micro_batches in ((64, 4), (16, 1)):
+        config = settings(data_directory, examples=100, ema=0)
+        config.train.batch_size, config.train.grad_accum_steps = batch_size, micro_batches
+        this = small.build(config)
+        estimated.append(norm.NormEstimator(this)(state.create(this)).eval_variables())
+    jax.tree.map(np.testing.assert_array_equal, *estimated)
