@@ -136,8 +136,9 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint of a run: "best", "last" or a step."""
     workdir = _open_workdir(location)
     before, config, _, _ = _resolve_settings(workdir, config, origin, {})
-    checkpoints.check_exists(workdir.checkpoints, checkpoint)
     join(config)
+    # Before data are prepared, but not before the processes have compared their commands.
+    checkpoints.check_exists(workdir.checkpoints, checkpoint)
     setup = _assemble(config, before, {}, trains=False)
     return evaluate.evaluate_checkpoint(setup, workdir, checkpoint, console.log)
 
