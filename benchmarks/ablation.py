@@ -92,7 +92,7 @@ def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) ->
     """
     folder = arguments.output.resolve() / re.sub(r"[^\w.=-]+", "_", f"{variant}-{seed}")
     settings = [*plan.shared, *arguments.set, *plan.variants[variant], f"seed={seed}"]
-    _check_settings(folder, settings)
+    _check_settings(folder, plan.experiment, settings)
     if not (folder / "result.json").exists():
         flags = [
             f"--config={plan.experiment}",
@@ -106,18 +106,23 @@ def train(plan: Plan, variant: str, seed: int, arguments: argparse.Namespace) ->
     return result
 
 
-def _check_settings(folder: pathlib.Path, settings: Sequence[str]) -> None:
-    """Records a workdir's settings, or checks that they are the same as before.
+def _check_settings(folder: pathlib.Path, experiment: str, settings: Sequence[str]) -> None:
+    """Records a workdir's experiment and settings, or checks that they are the same as before.
 
     Raises:
-      BenchmarkError: if the workdir was trained with other settings.
+      BenchmarkError: if the workdir was trained with others.
     """
     note = folder / "variant.json"
+    now = {"experiment": experiment, "settings": list(settings)}
     if not note.exists():
-        measure.write_json(note, {"settings": list(settings)})
-    elif (before := json.loads(note.read_text(encoding="utf-8"))["settings"]) != list(settings):
+        measure.write_json(note, now)
+        return
+    # Older notes do not name the experiment.
+    before = {"experiment": experiment} | json.loads(note.read_text(encoding="utf-8"))
+    if before != now:
         raise measure.BenchmarkError(
-            f"{folder}: trained with other settings ({' '.join(before)}); use another --output"
+            f"{folder}: trained with other settings ({before['experiment']} "
+            f"{' '.join(before['settings'])}); use another --output"
         )
 
 

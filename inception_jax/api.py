@@ -273,7 +273,8 @@ def evaluate(subject: Weights | Run, context: Config | TrainState, /) -> dict[st
     _use_settings(context)
     assert isinstance(context, Config)
     run.check_settings(context)
-    return evaluate_weights(run.assemble(context, trains=False, log=console.log), subject)
+    setup = run.assemble(context, trains=False, log=console.log)
+    return evaluate_weights(setup, subject, console.log)
 
 
 @functools.lru_cache(maxsize=2)

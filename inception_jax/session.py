@@ -151,7 +151,7 @@ def evaluate_weights(
     join(config)
     loaded = weights.load(path, console.log)
     setup = run.assemble(config, trains=False, log=console.log)
-    return evaluate.evaluate_weights(setup, loaded)
+    return evaluate.evaluate_weights(setup, loaded, console.log)
 
 
 def join_processes(

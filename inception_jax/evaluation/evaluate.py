@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -366,14 +366,18 @@ def evaluate_checkpoint(
     }
 
 
-def evaluate_weights(run: Run, weights: Weights) -> dict[str, Any]:
+def evaluate_weights(
+    run: Run, weights: Weights, log: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Evaluates weights on a run's evaluation split.
 
-    Images are normalized by the weights' own mean and std, as in their training.
+    Images are normalized by the weights' own mean and std, as in their training, but cropped and
+    resized as the run's settings say.
 
     Args:
       run: a run with the network and the classes of the weights.
       weights: the weights.
+      log: called with a line for each of these settings that differs from the weights' own.
 
     Returns:
       As `evaluate_checkpoint`; step, epoch and checkpoint come from `Weights` and describe the
@@ -383,6 +387,8 @@ def evaluate_weights(run: Run, weights: Weights) -> dict[str, Any]:
       ConfigError: if the weights belong to another network or other classes.
     """
     variables = initialization.variables_for_eval(run, weights)
+    for line in _preprocessing_differences(run, weights):
+        log(line)
     dataset = dataclasses.replace(run.dataset, mean=weights.mean, std=weights.std)
     variables = jax.device_put(variables, sharding.replicated(run.mesh))
     return {
@@ -392,3 +398,20 @@ def evaluate_weights(run: Run, weights: Weights) -> dict[str, Any]:
         "split": dataset.eval_split,
         **summary(Evaluator(dataclasses.replace(run, dataset=dataset))(variables)),
     }
+
+
+def _preprocessing_differences(run: Run, weights: Weights) -> Iterator[str]:
+    """Yields a line for each setting of evaluation images that differs from the weights' own."""
+    config, size = run.config, run.dataset.image_size
+    own = {
+        "data.image_size": (size, weights.image_size),
+        "evaluation.image_size": (
+            config.evaluation.image_size or size,
+            weights.eval_image_size or weights.image_size,
+        ),
+        "data.eval_crop_pct": (run.dataset.eval_crop, weights.eval_crop),
+        "data.resize_kernel": (config.data.resize_kernel, weights.resize_kernel),
+    }
+    for name, (ours, theirs) in own.items():
+        if ours != theirs:
+            yield f"{weights.origin or 'weights'}: config.{name} is {ours!r}, in its run {theirs!r}"

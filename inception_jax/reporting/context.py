@@ -111,18 +111,31 @@ def result(record: RunRecord) -> Values | None:
     count = last.get("count")
     # result.json may be from an earlier evaluation than the last row.
     seconds = (record.result if record.result.get("step") == last["step"] else last).get("seconds")
-    top1 = last["top1"] / 100
     return {
         "last": last,
         "metrics": [metric for metric in metrics([last]) if metric.name != "top1"],
         "role": record.role(last["step"]),
         "best": best if best["top1"] > last["top1"] else None,
-        # Two standard errors of a proportion of independent examples (95% confidence interval).
-        "margin": 200 * math.sqrt(top1 * (1 - top1) / count) if count else None,
+        "margin": _margin(last["top1"], count) if count else None,
         "expected": _expected_result(record, last["top1"]),
         "hours": (seconds or record.result.get("seconds") or 0) / 3600,
         "images_per_second": record.result.get("images_per_second"),
     }
+
+
+def _margin(top1: float, count: int) -> float:
+    """Returns half the width of the 95% interval of an accuracy, in points.
+
+    Two standard errors of a proportion of independent examples, as in the interval of Wilson (1927,
+    "Probable Inference, the Law of Succession, and Statistical Inference"), which is not 0 wide
+    when all of them are right.
+
+    >>> round(_margin(50.0, 10_000), 2), round(_margin(100.0, 400), 2)
+    (1.0, 0.5)
+    """
+    right, z = top1 / 100, 2.0
+    deviation = math.sqrt(right * (1 - right) / count + z**2 / (4 * count**2))
+    return 100 * z * deviation / (1 + z**2 / count)
 
 
 def _expected_result(record: RunRecord, top1: float) -> Values | None:

@@ -4,6 +4,7 @@ Results can only be compared and reproduced together with the versions and devic
 """
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -110,8 +111,12 @@ def source_digest(package: pathlib.Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def revision() -> str | None:
-    """Returns the commit of the source, as described in `environment`."""
+    """Returns the commit of the source, as described in `environment`, at the first call.
+
+    The process keeps running the source that it imported, whatever is committed or edited later.
+    """
     return _git_revision(pathlib.Path(__file__).parents[2])
 
 

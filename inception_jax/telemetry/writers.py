@@ -191,11 +191,12 @@ class _GuardedWriter:
             resume = "then rerun the same command to continue from the saved files"
             if not self._part.is_builtin:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
+                remedies = "Fix the writer, or remove it from config.log.writers"
+                if what != "open":  # Every start must open it.
+                    remedies += ", or set config.checkpoint.on_write_error=continue"
                 raise WriteError(
                     f"writer {self._part.name!r}: cannot {what}: {type(error).__name__}: {error} "
-                    f"({frame.filename}, line {frame.lineno}). Fix the writer, remove it from "
-                    "config.log.writers, or set config.checkpoint.on_write_error=continue; "
-                    f"{resume}"
+                    f"({frame.filename}, line {frame.lineno}). {remedies}; {resume}"
                 ) from error
             if not isinstance(error, OSError):
                 raise

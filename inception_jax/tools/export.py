@@ -188,6 +188,11 @@ def _open_dataset(weights: "Weights") -> "Dataset":
         console.log(problem)
     prepared = dataset.prepare(given.data, log=console.log)
     initialization.check_classes(weights, prepared)
+    if prepared.eval_crop != weights.eval_crop:
+        console.log(
+            f"config.data.eval_crop_pct is {prepared.eval_crop}, in the network's run "
+            f"{weights.eval_crop}; the accuracies are those of the former"
+        )
     return prepared
 
 

@@ -30,7 +30,8 @@ since only training uses them. Without a classifier, the output can only initial
 (--config.init.pretrained). Skipped entries are logged.
 
 torchvision's pretrained GoogLeNet (transform_input) expects pixels from -1 to 1, so mean and std
-are recorded as 0.5; --notransform_input records those of ImageNet.
+are recorded as 0.5; --notransform_input records those of ImageNet. Images of 224 pixels, the center
+crop of images resized to 256, are recorded as well: those of torchvision's evaluation.
 """
 
 _INPUT = cli.define_path("input", "state dict: .pth or .safetensors", required=True)
@@ -52,6 +53,8 @@ _TRANSFORM_INPUT = flags.DEFINE_bool(
 # (x * 0.229 + 0.485 - 0.5) / 0.5 and so on give back (pixel / 255 - 0.5) / 0.5.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TRANSFORMED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# torchvision's preset for evaluation resizes the shorter side to 256 pixels and crops 224.
+_IMAGE_SIZE, _EVAL_CROP = 224, 224 / 256
 
 
 def main(positional: Sequence[str]) -> None:
@@ -76,7 +79,8 @@ def main(positional: Sequence[str]) -> None:
     imported = weights.Weights(
         variables=variables,
         model=model,
-        image_size=224,
+        image_size=_IMAGE_SIZE,
+        eval_crop=_EVAL_CROP,
         class_names=(),
         mean=np.array(mean, np.float32),
         std=np.array(std, np.float32),

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,11 @@ def test_each_variant_is_trained_once(
         "--config.augment.pad=2",
         "--config.seed=1",
     ]
+    text = plan.read_text()
+    plan.write_text(re.sub(r'experiment = ".*"', 'experiment = "experiments/other.py"', text))
+    with pytest.raises(measure.BenchmarkError, match="trained with other settings"):
+        ablation.main()
+    plan.write_text(text)
     monkeypatch.setattr("sys.argv", [*sys.argv, "--set", "seed=7"])
     with pytest.raises(measure.BenchmarkError, match="trained with other settings"):
         ablation.main()

@@ -211,6 +211,7 @@ def test_state_dict_is_converted_to_weights_file(
     assert imported.class_names == tuple(f"class {index}" for index in range(10))
     assert imported.model.aux_heads == heads
     assert imported.mean.tolist() == imported.std.tolist() == [0.5, 0.5, 0.5]
+    assert (imported.image_size, imported.eval_crop) == (224, 0.875)
     expected = torchvision_weights.from_torchvision(arrays(reference))[1]
     leaves = weights.flatten(imported.variables)
     assert any("aux_4a" in name for name in leaves) == heads

@@ -3,6 +3,7 @@ import pathlib
 import platform
 import re
 import subprocess
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,18 @@ def test_environment_has_versions_and_devices() -> None:
     assert str(pathlib.Path(environment.__file__).parents[2]) not in json.dumps(values)
 
 
+@pytest.fixture
+def forget_revision() -> Iterator[Callable[[], None]]:
+    """A function that makes the next call of `revision` look at the checkout again."""
+    environment.revision.cache_clear()
+    yield environment.revision.cache_clear
+    environment.revision.cache_clear()
+
+
 def test_revision_is_the_commit_of_the_checkout(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forget_revision: Callable[[], None],
 ) -> None:
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
@@ -52,12 +63,16 @@ def test_revision_is_the_commit_of_the_checkout(
     monkeypatch.setattr(environment, "__file__", str(module))
     assert environment.environment()["revision"] is None
     git("init")
+    forget_revision()
     assert environment.environment()["revision"] is None
     git("add", ".")
     git("commit", "-m", "first")
     commit = git("rev-parse", "HEAD")
+    forget_revision()
     assert environment.environment()["revision"] == commit
     module.write_text("changed")
+    assert environment.environment()["revision"] == commit, "this process imported it before"
+    forget_revision()
     assert environment.environment()["revision"] == f"{commit}+changes"
 
 

@@ -68,6 +68,25 @@ def test_evaluation_uses_normalization_of_weights(source: Source, tmp_path: path
     assert evaluate_weights(other, source.weights) == expected
 
 
+def test_evaluation_tells_how_its_images_differ_from_those_of_weights(source: Source) -> None:
+    logged: list[str] = []
+    evaluate_weights(source.run, weights.load(source.path), logged.append)
+    assert not logged
+    size = source.weights.image_size
+    other = dataclasses.replace(
+        source.weights, eval_crop=0.875, eval_image_size=size + 4, resize_kernel="lanczos3"
+    )
+    evaluate_weights(source.run, other, logged.append)
+    assert [line.partition(": ")[2] for line in logged] == [
+        f"config.evaluation.image_size is {size}, in its run {size + 4}",
+        "config.data.eval_crop_pct is 1.0, in its run 0.875",
+        "config.data.resize_kernel is 'linear', in its run 'lanczos3'",
+    ]
+    same = dataclasses.replace(source.weights, eval_image_size=size)
+    evaluate_weights(source.run, same, logged.append)
+    assert len(logged) == 3
+
+
 def fine_tuning(directory: pathlib.Path, path: pathlib.Path, **changes: Any) -> Config:
     """Returns settings of a run from a file; its first step has rate 0 and changes nothing."""
     groups = {
