@@ -156,7 +156,7 @@ def _draw_layer(drawing: "graphviz.Digraph", index: int, layer: Layer) -> None:
     name = layer_text(layer)
     fill = _FILLS.get(layer.kind, "white")
     if layer.kind == structures.CONVOLUTION:
-        fill = _CONVOLUTIONS.get(layer.window, _CONVOLUTIONS[7])
+        fill = _CONVOLUTIONS.get(max(layer.window), _CONVOLUTIONS[7])
     if layer.weights:
         name = f"{name.replace('convolution', 'conv')}, {layer.shape[-1]}"
     field = f", receptive field {layer.receptive_field}" if layer.receptive_field else ""

@@ -23,6 +23,8 @@ from inception_jax.models import introspect, protocol
 # A module's path in the network: ("inception_3a", "conv_3x3").
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
+# Along the rows and along the columns of the image.
+Pair = tuple[int, int]
 
 CONVOLUTION = "convolution"
 LINEAR = "linear"
@@ -40,6 +42,8 @@ _OPERATIONS = {
     "reduce_window_sum": AVERAGE_POOL,
     "concatenate": CONCATENATION,
 }
+# Over the whole feature map.
+_REDUCTIONS = {"reduce_sum": MEAN, "reduce_max": MAX_POOL}
 
 
 class Edge(NamedTuple):
@@ -62,24 +66,25 @@ class Layer:
       name: slash-separated path in the network: "inception_3a/conv_3x3". Operations without a
         module are named after their kind: "inception_3a/max_pool".
       kind: one of the constants of this file.
-      window: side of the kernel or pooling window, pixels; 0: none.
-      stride: distance between windows, pixels.
+      window: height and width of the kernel or pooling window, pixels; (0, 0): none, or the whole
+        feature map.
+      stride: distance between windows, pixels; the larger one if rows and columns differ.
       extras: further parts: "BatchNorm", "bias", "ReLU", "dropout 40%".
       inputs: of the layer.
       shape: of its output for one image: (H, W, C), or (features,).
       parameters: number of all its parameters.
       weights: number of its parameters that multiply activations.
       multiply_adds: for one image.
-      receptive_field: side of the image square that one output pixel depends on, pixels (Araujo et
-        al. 2019, "Computing Receptive Fields of Convolutional Neural Networks"); it may exceed the
-        image. None: not uniform.
-      jump: distance in the image between neighboring output pixels, pixels; None: there are no
-        neighbors, or their distances differ.
+      receptive_field: longer side of the image rectangle that one output pixel depends on, pixels
+        (Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks"); it may
+        exceed the image. None: not uniform.
+      jump: distance in the image between neighboring output pixels, pixels; the larger one if rows
+        and columns differ. None: there are no neighbors, or their distances differ.
     """
 
     name: str
     kind: str = ""
-    window: int = 0
+    window: Pair = (0, 0)
     stride: int = 1
     extras: list[str] = dataclasses.field(default_factory=list)
     inputs: list[Edge] = dataclasses.field(default_factory=list)
@@ -250,12 +255,12 @@ class _TracedArray(NamedTuple):
 
     Attributes:
       source: index of the layer that computes it; None: it is the image.
-      receptive_field, jump: as for a layer.
+      receptive_field, jump: as for a layer, along rows and columns.
     """
 
     source: int | None
-    receptive_field: int | None
-    jump: int | None
+    receptive_field: Pair | None
+    jump: Pair | None
 
 
 class _LayerCollector:
@@ -290,7 +295,7 @@ class _LayerCollector:
           ConfigError: if the program has operations that are not supported.
         """
         inputs: list[_TracedArray | None] = [None] * len(self._program.invars)
-        inputs[0] = _TracedArray(None, 1, 1)
+        inputs[0] = _TracedArray(None, (1, 1), (1, 1))
         outputs = []
         values = self._walk(self._program, inputs, ())
         for value in values:
@@ -360,10 +365,10 @@ class _LayerCollector:
         self, equation: JaxprEqn, inputs: Sequence[_TracedArray | None], path: Path
     ) -> _TracedArray:
         """Adds an operation to its layer, which may be new, and returns its output."""
-        sources = [value for value in inputs if value is not None]
-        index = self._index(equation, sources, path)
+        index = self._index(equation, inputs, path)
+        result = _propagate_receptive_field(equation, inputs)
         if index is None:  # The image itself, in another dtype or shape.
-            return _propagate_receptive_field(equation, sources[0])
+            return result
         layer = self.layers[index]
         for value, atom in zip(inputs, equation.invars, strict=True):
             if value is None or value.source == index:
@@ -372,17 +377,17 @@ class _LayerCollector:
             if edge not in layer.inputs:
                 layer.inputs.append(edge)
         _update_layer(layer, equation)
-        result = _propagate_receptive_field(
-            equation, max(sources, key=lambda value: value.receptive_field or math.inf)
-        )
         if equation.primitive.name != "reshape":  # A reshape belongs to the layers that read it.
-            layer.receptive_field, layer.jump = result.receptive_field, result.jump
+            layer.receptive_field = max(result.receptive_field) if result.receptive_field else None
+            layer.jump = max(result.jump) if result.jump else None
             shape = _array(equation.outvars[0]).shape
             if len(shape) in (2, 4):  # Statistics of BatchNorm have one axis.
                 layer.shape = shape[1:]
         return result._replace(source=index)
 
-    def _index(self, equation: JaxprEqn, sources: Sequence[_TracedArray], path: Path) -> int | None:
+    def _index(
+        self, equation: JaxprEqn, inputs: Sequence[_TracedArray | None], path: Path
+    ) -> int | None:
         """Returns the index of an operation's layer, or None if it only changes the image."""
         primitive = equation.primitive.name
         module = self._layer_of(path)
@@ -390,8 +395,9 @@ class _LayerCollector:
             if module not in self._of_module:
                 self._of_module[module] = self._add(self._module_layer(module))
             return self._of_module[module]
-        kind = _kind(equation)
-        latest = max((value.source for value in sources if value.source is not None), default=None)
+        kind = _kind(equation, inputs)
+        sources = [value.source for value in inputs if value and value.source is not None]
+        latest = max(sources, default=None)
         if kind == AVERAGE_POOL and latest is not None and primitive == "dot_general":
             # Adaptive pooling is two products, along rows and along columns.
             before = self.layers[latest]
@@ -440,15 +446,39 @@ def _array(atom: Any) -> jax.core.ShapedArray:
     return atom.aval
 
 
-def _kind(equation: JaxprEqn) -> str:
+def _kind(equation: JaxprEqn, inputs: Sequence[_TracedArray | None]) -> str:
     """Returns the kind of an operation outside any layer's module; "": it belongs to its input."""
     primitive = equation.primitive.name
     if primitive == "reduce_window_sum" and equation.params["window_dimensions"][-1] > 1:
         return RESPONSE_NORM
-    if primitive == "reduce_sum" and _array(equation.invars[0]).ndim == 4:
-        return MEAN
-    # A product without parameters is adaptive pooling.
-    return AVERAGE_POOL if primitive == "dot_general" else _OPERATIONS.get(primitive, "")
+    if primitive in _REDUCTIONS and _array(equation.invars[0]).ndim == 4:
+        return _REDUCTIONS[primitive] if set(equation.params["axes"]) <= {1, 2} else ""
+    if primitive == "dot_general" and not _is_over_channels(equation, inputs):
+        return AVERAGE_POOL  # Adaptive: a product with a matrix that averages rows or columns.
+    return _OPERATIONS.get(primitive, "")
+
+
+def _is_over_channels(equation: JaxprEqn, inputs: Sequence[_TracedArray | None]) -> bool:
+    """Returns whether a product's sum is over the last axis of what depends on the image."""
+    factor = 0 if inputs[0] is not None else 1
+    contracted, _ = equation.params["dimension_numbers"]
+    return tuple(contracted[factor]) == (_array(equation.invars[factor]).ndim - 1,)
+
+
+def _windows(equation: JaxprEqn) -> tuple[Pair, Pair, Pair] | None:
+    """Returns an operation's window, strides and dilation; None if it has no windows of an image.
+
+    Each is along the rows and along the columns.
+    """
+    primitive, params = equation.primitive.name, equation.params
+    if primitive == "conv_general_dilated" and _array(equation.invars[1]).ndim == 4:
+        kernel = _array(equation.invars[1]).shape
+        return (kernel[0], kernel[1]), params["window_strides"], params["rhs_dilation"]
+    if primitive.startswith("reduce_window") and _array(equation.invars[0]).ndim == 4:
+        names = ("window_dimensions", "window_strides", "window_dilation")
+        window, strides, dilation = (params[name][1:3] for name in names)
+        return window, strides, dilation
+    return None
 
 
 def _update_layer(layer: Layer, equation: JaxprEqn) -> None:
@@ -458,37 +488,51 @@ def _update_layer(layer: Layer, equation: JaxprEqn) -> None:
         layer.extras.append("ReLU")
     if primitive == "conv_general_dilated":
         kernel = _array(equation.invars[1]).shape
-        layer.kind, layer.window = CONVOLUTION, kernel[0]
-        layer.stride = equation.params["window_strides"][0]
-        layer.multiply_adds += _array(equation.outvars[0]).size * math.prod(kernel[:3])
+        layer.kind = CONVOLUTION
+        layer.multiply_adds += _array(equation.outvars[0]).size * math.prod(kernel[:-1])
     elif primitive == "dot_general" and layer.kind != AVERAGE_POOL:
         (contracted, _), _ = equation.params["dimension_numbers"]
         depth = math.prod(_array(equation.invars[0]).shape[axis] for axis in contracted)
         layer.kind = LINEAR
         layer.multiply_adds += _array(equation.outvars[0]).size * depth
-    elif layer.kind in (MAX_POOL, AVERAGE_POOL) and primitive.startswith("reduce_window"):
-        layer.window = equation.params["window_dimensions"][1]
-        layer.stride = equation.params["window_strides"][1]
+    if layer.kind in (CONVOLUTION, MAX_POOL, AVERAGE_POOL) and (found := _windows(equation)):
+        layer.window, strides, _ = found
+        layer.stride = max(strides)
 
 
-def _propagate_receptive_field(equation: JaxprEqn, value: _TracedArray) -> _TracedArray:
-    """Returns an operation's output with its receptive field, given the input that sees most."""
+def _propagate_receptive_field(
+    equation: JaxprEqn, inputs: Sequence[_TracedArray | None]
+) -> _TracedArray:
+    """Returns an operation's output, whose receptive field contains those of all inputs."""
+    sources = [value for value in inputs if value is not None]
+    value = sources[0]._replace(
+        receptive_field=_largest([each.receptive_field for each in sources]),
+        jump=_largest([each.jump for each in sources]),
+    )
     if value.receptive_field is None or value.jump is None:
         return value
-    primitive, before = equation.primitive.name, _array(equation.invars[0])
-    after = _array(equation.outvars[0])
-    if primitive == "dot_general" and before.ndim == after.ndim == 4:
-        return value._replace(receptive_field=None, jump=None)  # Windows of several sizes.
-    window, stride = 1, 1
-    if primitive == "conv_general_dilated":
-        dilation = equation.params["rhs_dilation"][0]
-        window = 1 + (_array(equation.invars[1]).shape[0] - 1) * dilation
-        stride = equation.params["window_strides"][0]
-    elif primitive in ("reduce_window_max", "reduce_window_sum"):
-        window = equation.params["window_dimensions"][1]
-        stride = equation.params["window_strides"][1]
+    before, after = _array(equation.invars[0]), _array(equation.outvars[0])
+    if found := _windows(equation):
+        window, strides, dilation = found
     elif before.ndim == 4 and after.ndim == 2:  # A mean over the feature map, or flattening.
-        field = value.receptive_field + (before.shape[1] - 1) * value.jump
+        window, strides, dilation = before.shape[1:3], (1, 1), (1, 1)
+    elif equation.primitive.name == "dot_general" and not _is_over_channels(equation, inputs):
+        return value._replace(receptive_field=None, jump=None)  # Windows of several sizes.
+    else:
+        return value
+    (height, width), (rows, columns) = value.receptive_field, value.jump
+    field = (
+        height + (window[0] - 1) * dilation[0] * rows,
+        width + (window[1] - 1) * dilation[1] * columns,
+    )
+    if after.ndim == 2:  # There are no neighbors.
         return value._replace(receptive_field=field, jump=None)
-    field = value.receptive_field + (window - 1) * value.jump
-    return value._replace(receptive_field=field, jump=value.jump * stride)
+    return value._replace(receptive_field=field, jump=(rows * strides[0], columns * strides[1]))
+
+
+def _largest(pairs: Sequence[Pair | None]) -> Pair | None:
+    """Returns the largest value along each axis; None if one of the pairs is unknown."""
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) < len(pairs):
+        return None
+    return max(height for height, _ in known), max(width for _, width in known)

@@ -139,10 +139,10 @@ def shape_text(shape: Shape) -> str:
 
 def layer_text(layer: Layer) -> str:
     """Returns a layer's kind, window and stride in the paper's notation: "convolution 7×7/2"."""
-    if not layer.window:
+    if not any(layer.window):
         return layer.kind
     stride = f"/{layer.stride}" if layer.stride > 1 else ""
-    return f"{layer.kind} {layer.window}×{layer.window}{stride}"
+    return f"{layer.kind} {shape_text(layer.window)}{stride}"
 
 
 def _line(block: Block) -> list[Cell]:

@@ -133,11 +133,11 @@ def test_layers_have_kinds_and_inputs() -> None:
     assert sources("aux_4a/hidden") == [("aux_4a/conv", (4 * 4 * 128,))]
     assert sources("mean") == [("inception_5b/concatenation", (7, 7, 1024))]
     first = layers["conv1"]
-    assert (first.kind, first.window, first.stride) == ("convolution", 7, 2)
+    assert (first.kind, first.window, first.stride) == ("convolution", (7, 7), 2)
     assert first.extras == ["bias", "ReLU"]
     assert layers["classifier"].extras == ["dropout 40%", "bias"]
     pool = layers["aux_4a/average_pool"]
-    assert (pool.kind, pool.window, pool.stride) == ("average pool", 5, 3)
+    assert (pool.kind, pool.window, pool.stride) == ("average pool", (5, 5), 3)
     assert [block.kind for block in analyzed.blocks()][:3] == [
         "convolution",
         "max pool",
@@ -217,6 +217,41 @@ def test_custom_network_is_analyzed() -> None:
     assert (layer.name, layer.kind, layer.shape) == ("classifier", "linear", (10,))
     assert layer.multiply_adds == 8 * 8 * 3 * 10
     assert layer.inputs == [structure.Edge(None, (8 * 8 * 3,))]
+
+
+class Factorized(nn.Module):
+    """With the asymmetric convolutions of Szegedy et al. 2016 (Inception-v3)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Conv(4, (1, 7), (1, 2), name="row")(x)
+        x = nn.Conv(4, (7, 1), (2, 1), name="column")(x)
+        x = nn.Dense(6, name="pixelwise")(x)
+        mixing = self.param("mixing", nn.initializers.ones, (6, 5))
+        return nn.Dense(10, name="classifier")((x @ mixing).max((1, 2)))
+
+
+def test_layers_differ_by_axis_and_act_on_pixels_or_on_the_whole_map() -> None:
+    analyzed = structure.analyze(protocol.adapt(Factorized(), name="net", place=""), 32)
+    assert [
+        (layer.name, table.layer_text(layer), layer.shape, layer.receptive_field, layer.jump)
+        for layer in analyzed.layers
+    ] == [
+        ("row", "convolution 1×7/2", (32, 16, 4), 7, 2),
+        ("column", "convolution 7×1/2", (16, 16, 4), 7, 2),
+        ("pixelwise", "linear", (16, 16, 6), 7, 2),
+        ("linear", "linear", (16, 16, 5), 7, 2),
+        ("max_pool", "max pool", (5,), 7 + 15 * 2, None),
+        ("classifier", "linear", (10,), 7 + 15 * 2, None),
+    ]
+    assert [layer.multiply_adds for layer in analyzed.layers] == [
+        32 * 16 * 7 * 3 * 4,
+        16 * 16 * 7 * 4 * 4,
+        16 * 16 * 4 * 6,
+        16 * 16 * 6 * 5,
+        0,
+        5 * 10,
+    ]
 
 
 def test_parameters_of_no_layer_are_counted() -> None:
