@@ -79,23 +79,11 @@ def test_costs_and_shapes_match_variables_and_outputs(model: Model, size: int) -
             assert (1, *block.shape) == results[block.name,].shape
 
 
-@pytest.mark.parametrize(
-    ("model", "size", "classes", "parameters", "giga"),
-    [
-        (Model(norm="lrn"), 224, 1000, 6_998_552, 1.58),
-        (Model(), 224, 1000, 7_005_832, 1.58),
-        (Model(name="googlenet_torchvision"), 224, 1000, 6_624_904, 1.50),
-        (Model(stem="s16"), 64, 200, 6_185_832 - 40 * 3 * 64, 0.49),
-        (Model(stem="s32"), 64, 200, 6_185_832 - 40 * 3 * 64, 1.57),
-        (Model(name="eight_module_googlenet"), 64, 200, 10_716_744, 0.91),
-    ],
-)
-def test_totals_match_known_values(
-    model: Model, size: int, classes: int, parameters: int, giga: float
-) -> None:
-    blocks = structure.analyze(networks.create(model, classes), size).blocks()
-    assert sum(block.parameters for block in blocks) == parameters
-    assert round(sum(block.multiply_adds for block in blocks) / 1e9, 2) == giga
+def test_totals_match_known_values() -> None:
+    """Those of other networks: tests/test_pages.py compares the table in docs/models.md."""
+    blocks = structure.analyze(networks.create(Model(norm="lrn"), 1000), 224).blocks()
+    assert sum(block.parameters for block in blocks) == 6_998_552
+    assert round(sum(block.multiply_adds for block in blocks) / 1e9, 2) == 1.58
 
 
 def test_auxiliary_heads_are_identified() -> None:
