@@ -58,7 +58,7 @@ class Part:
     @property
     def is_builtin(self) -> bool:
         """Whether the package registered it."""
-        return pathlib.Path(self.file).is_relative_to(_PACKAGE)
+        return pathlib.Path(os.path.abspath(self.file)).is_relative_to(_PACKAGE)
 
     @property
     def location(self) -> str:
@@ -396,18 +396,22 @@ def _source_location(function: Any) -> tuple[str, int]:
     return getattr(module, "__file__", None) or "", 0
 
 
-def _identity(part: Part) -> tuple[str, str]:
-    """Returns the file and function name that identify a part which is registered again."""
+def _is_again(before: Part, part: Part) -> bool:
+    """Whether a part is registered again: a function of the same name, from the same file."""
+    if len({getattr(each.build, "__qualname__", "") for each in (before, part)}) > 1:
+        return False
     # The file name of a notebook cell changes each time the cell is edited or run.
-    file = part.file if os.path.isfile(part.file) else ""
-    return file, getattr(part.build, "__qualname__", "")
+    registering = {each.file if os.path.isfile(each.file) else "" for each in (before, part)}
+    # Several files may import and register the same function.
+    defining = {_source_location(each.build)[0] for each in (before, part)}
+    return len(registering) == 1 or (len(defining) == 1 and os.path.isfile(*defining))
 
 
 def _conflicts(before: Part, part: Part) -> bool:
     """Whether two parts with the same name differ, rather than one being registered again."""
     if before.build is part.build:
         return False
-    if _identity(before) != _identity(part):
+    if not _is_again(before, part):
         return True
     # A file that is run again has new globals; notebook cells share those of the notebook.
     modules = [getattr(each.build, "__globals__", None) for each in (before, part)]

@@ -74,13 +74,14 @@ def test_same_file_by_another_path_replaces_its_part(
 
 def test_builtin_parts_are_recognized_by_any_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after sys.path.insert(0, "..") in a notebook."""
-    path = pathlib.Path(registry.__file__).parent / ".." / "inception_jax" / "registry.py"
+    path = pathlib.Path(__file__).parent / ".." / "inception_jax" / "registry.py"
     spec = importlib.util.spec_from_file_location("registry_by_another_path", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # For its dataclasses.
     spec.loader.exec_module(module)
-    assert module.Part(name="x", build=print, file=registry.__file__).is_builtin
+    for file in (registry.__file__, module.__file__):
+        assert module.Part(name="x", build=print, file=file).is_builtin
 
 
 def test_imported_function_is_registered_again_after_an_edit(tmp_path: pathlib.Path) -> None:
@@ -109,6 +110,20 @@ def test_file_that_registers_is_recorded(definition: str, tmp_path: pathlib.Path
     run(str(path), path.read_text())
     part = METRICS.get("m")
     assert (part.file, part.line) == (str(path), len(path.read_text().splitlines()))
+
+
+def test_files_may_register_the_same_function(tmp_path: pathlib.Path) -> None:
+    """Loading an experiment drops the modules beside it, so they are imported again."""
+    (tmp_path / "common.py").write_text("def mine(logits, labels): ...\n")
+    for name in ("one.py", "other.py"):
+        path = tmp_path / name
+        path.write_text(
+            "import runpy, inception_jax as ij\n"
+            f"mine = runpy.run_path({str(tmp_path / 'common.py')!r})['mine']\n"
+            "ij.register_metric('shared')(mine)\n"
+        )
+        run(str(path), path.read_text())
+        assert METRICS.get("shared").file == str(path)
 
 
 def test_duplicate_names_are_rejected(tmp_path: pathlib.Path) -> None:

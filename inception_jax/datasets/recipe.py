@@ -339,9 +339,13 @@ class Recipe:
     def check(self, prepared: Prepared, where: paths.Path) -> None:
         """Raises DataError if source or settings differ from the prepared data."""
         if change := self.change(prepared, where):
+            # The directory is also where TFDS's builds are looked for.
+            elsewhere = (
+                "" if self.part.locate else " set config.data.directory to another directory,"
+            )
             raise DataError(
-                f"{change.what}. {change.remedy}, set config.data.directory to another directory, "
-                "or set config.data.on_change=prepare to prepare it again"
+                f"{change.what}. {change.remedy},{elsewhere} or set config.data.on_change=prepare "
+                "to prepare it again"
             )
 
     def is_outdated(self, prepared: Prepared, where: paths.Path) -> bool:

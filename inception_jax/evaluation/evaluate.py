@@ -414,4 +414,7 @@ def _preprocessing_differences(run: Run, weights: Weights) -> Iterator[str]:
     }
     for name, (ours, theirs) in own.items():
         if ours != theirs:
-            yield f"{weights.origin or 'weights'}: config.{name} is {ours!r}, in its run {theirs!r}"
+            yield (
+                f"{weights.origin or 'weights'}: config.{name} is {ours!r}; recorded with the "
+                f"weights: {theirs!r}"
+            )

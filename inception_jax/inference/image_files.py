@@ -32,8 +32,8 @@ def find(arguments: Sequence[str]) -> ImageFiles:
 
     Files are in the order of the arguments and, within a folder, in natural order: 2.jpg comes
     before 10.jpg. Folders are searched recursively, ignoring system files, names that start with a
-    dot and folders that this program wrote, and skipping files without an image extension. A file
-    or folder given as an argument is always included.
+    dot and local folders that this program wrote, and skipping files without an image extension. A
+    file or folder given as an argument is always included.
 
     Args:
       arguments: paths of files and folders, local or in a bucket, and at most once `STDIN`.

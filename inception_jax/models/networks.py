@@ -246,14 +246,21 @@ def _check_paths(network: Any, params: Any, num_classes: int) -> None:
     """Checks that the layers that a custom network declares exist."""
     from inception_jax.models import protocol
 
+    def find(path: str) -> Any:
+        node = params
+        for name in path.split("/"):
+            node = node.get(name) if isinstance(node, Mapping) else None
+        return node
+
     subject = _subject(network)
+    # Heads are declared whether or not this instance has them.
+    absent = [head for head in protocol.get_attribute(network, "heads") or () if not find(head)]
     for attribute in ("first_conv", "classifiers"):
-        declared = protocol.get_attribute(network, attribute, ())
+        declared = protocol.get_attribute(network, attribute) or ()
         for path in (declared,) if isinstance(declared, str) else declared:
-            node = params
-            for name in path.split("/"):
-                node = node.get(name, {}) if isinstance(node, Mapping) else {}
-            kernel = node.get("kernel") if isinstance(node, Mapping) else None
+            if any(path.startswith(f"{head}/") for head in absent):
+                continue
+            kernel = find(f"{path}/kernel")
             if kernel is None:
                 raise ConfigError(
                     f"{subject} declares {attribute} = {declared!r}, but has no parameter "

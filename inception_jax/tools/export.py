@@ -190,8 +190,8 @@ def _open_dataset(weights: "Weights") -> "Dataset":
     initialization.check_classes(weights, prepared)
     if prepared.eval_crop != weights.eval_crop:
         console.log(
-            f"config.data.eval_crop_pct is {prepared.eval_crop}, in the network's run "
-            f"{weights.eval_crop}; the accuracies are those of the former"
+            f"config.data.eval_crop_pct is {prepared.eval_crop}; recorded with the weights: "
+            f"{weights.eval_crop}. The accuracies are those of the former"
         )
     return prepared
 

@@ -37,8 +37,8 @@ Classify image files with a run's checkpoint or a weights file.
 Images may have any size, any format that Pillow reads and any EXIF orientation; '-' reads one image
 from standard input. They are cropped and resized as in evaluation; the log states how. Folders,
 local or gs://BUCKET/PATH, are searched recursively, in natural order (2.jpg before 10.jpg); names
-that start with a dot are ignored, as are folders that this program wrote below a given one; files
-without an image extension are skipped and logged.
+that start with a dot are ignored, as are local folders that this program wrote below a given one;
+files without an image extension are skipped and logged.
 
 --split predicts a prepared split instead, one line per image, in the order of the file names: file
 name and class id if the data set has such ids ("test_0.JPEG n01443537", the leaderboard format of

@@ -14,6 +14,7 @@ from inception_jax.errors import Preempted, during
 from inception_jax.storage import atomic, integrity
 from inception_jax.storage.workdir import Workdir
 from inception_jax.telemetry.clock import Clock
+from inception_jax.telemetry.writers import read_metrics
 from inception_jax.training import norm
 from inception_jax.training import state as states
 from inception_jax.training.reporter import EvalResults, OnEvaluation
@@ -84,8 +85,11 @@ def train(
             # Killed between its last checkpoint and its result, or shortened since then.
             with clock.phase("evaluate"):
                 results = evaluate(state.eval_variables(), _due_evaluations(run, last_step))
-            if not checkpoints.metrics(step):  # It was not evaluated when it was saved.
-                reporter.report_eval(step, results)
+            if run.is_lead:  # What was not evaluated when this step was trained.
+                rows = read_metrics(workdir.metrics, workdir.location_of(workdir.metrics))
+                written = {row["split"] for row in rows if row["step"] == step}
+                missing = {name: each for name, each in results.items() if name not in written}
+                reporter.report_eval(step, missing)
             reporter.publish_eval(step, results)
 
         batches = _batches(run, step, train_steps, clock)

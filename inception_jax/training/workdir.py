@@ -285,21 +285,32 @@ def restore_overrides(
 def _changed_entries(path: str, recorded: Any, recorded_own: Any, here: Any) -> dict[str, Any]:
     """Returns the entries of a mapping, by path, that earlier starts set and this one has not.
 
+    A group that neither the experiment nor this start has is returned whole, without its defaults,
+    so perhaps empty; of other groups, the settings that were set. Options are returned whole.
+
     Args:
       path: of the setting.
       recorded, here: its value in the record and in this start.
       recorded_own: the experiment's value of it when it was recorded.
     """
     group = configs.entry_group(path)
-    default = {name: configs.plain(group()) for name in (*recorded, *here)} if group else {}
-    old, old_own, new = (
-        configs.flatten(default | configs.plain(each)) for each in (recorded, recorded_own, here)
-    )
-    return {
-        f"{path}.{entry}": value
-        for entry, value in old.items()
-        if value not in (old_own.get(entry), new.get(entry))
-    }
+    defaults = configs.plain(group()) if group else {}
+    recorded, recorded_own, here = (configs.plain(each) for each in (recorded, recorded_own, here))
+    changed: dict[str, Any] = {}
+    for name, entry in recorded.items():
+        known = [each[name] for each in (recorded_own, here) if name in each]
+        if group and known:
+            others = [defaults | each.get(name, {}) for each in (recorded_own, here)]
+            changed |= {
+                f"{path}.{name}.{setting}": value
+                for setting, value in entry.items()
+                if value not in [other[setting] for other in others]
+            }
+        elif group:
+            changed[f"{path}.{name}"] = {k: v for k, v in entry.items() if v != defaults[k]}
+        elif entry not in known:
+            changed[f"{path}.{name}"] = entry
+    return changed
 
 
 def _resolved(file: str) -> paths.Path:

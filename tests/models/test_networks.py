@@ -14,6 +14,7 @@ from jax.extend.core import Jaxpr
 from inception_jax import config
 from inception_jax.errors import ConfigError
 from inception_jax.models import introspect, networks, ops, protocol
+from inception_jax.models.googlenet import GoogLeNet
 from inception_jax.registry import MODELS
 
 
@@ -247,10 +248,20 @@ class Flat(nn.Module):
         return nn.Dense(5)(x.reshape(len(x), -1))
 
 
-def check_flat(classifiers: tuple[str, ...] = ("Dense_0",), **train: Any) -> None:
-    network = type("Declared", (Flat,), {"classifiers": classifiers})()
-    settings = config.Config(data=config.Data(image_size=32), train=config.Train(**train))
+def check_flat(image_sizes: tuple[int, ...] = (), **declared: Any) -> None:
+    network = type("Declared", (Flat,), declared)()
+    train = config.Train(image_sizes=image_sizes)
+    settings = config.Config(data=config.Data(image_size=32), train=train)
     networks.check(protocol.adapt(network, name="flat", place="here"), settings, 5)
+
+
+def test_layers_that_an_instance_does_not_have_may_be_declared() -> None:
+    """As of a GoogLeNet without auxiliary heads."""
+    network = GoogLeNet(10, stem="s16", width=0.05)
+    settings = config.Config(data=config.Data(image_size=32))
+    networks.check(protocol.adapt(network, name="own", place="here"), settings, 10)
+    check_flat(heads=("Head",), classifiers=("Dense_0", "Head/dense"))
+    check_flat(first_conv=None)
 
 
 def test_network_for_one_size_is_refused_before_training() -> None:
@@ -261,6 +272,6 @@ def test_network_for_one_size_is_refused_before_training() -> None:
 
 def test_declared_layers_must_exist() -> None:
     with pytest.raises(ConfigError, match=r"no parameter head/kernel; .* Conv_0, Dense_0"):
-        check_flat(("head",))
+        check_flat(classifiers=("head",))
     with pytest.raises(ConfigError, match="Conv_0 computes 4 values, not 5 logits"):
-        check_flat(("Conv_0",))
+        check_flat(classifiers=("Conv_0",))

@@ -83,7 +83,7 @@ def test_int8_has_its_own_accuracy(data_directory: pathlib.Path, tmp_path: pathl
         "--config.data.eval_crop_pct=0.75",
     )
     assert done.returncode == 0, done.stderr
-    assert "config.data.eval_crop_pct is 0.75, in the network's run 1.0" in done.stderr
+    assert "config.data.eval_crop_pct is 0.75; recorded with the weights: 1.0" in done.stderr
     before, after = (
         float(re.findall(rf"\| {form} .*? \| +([\d.]+)% \|", done.stdout)[0])
         for form in ("float32", "int8")

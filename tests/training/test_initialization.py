@@ -78,9 +78,9 @@ def test_evaluation_tells_how_its_images_differ_from_those_of_weights(source: So
     )
     evaluate_weights(source.run, other, logged.append)
     assert [line.partition(": ")[2] for line in logged] == [
-        f"config.evaluation.image_size is {size}, in its run {size + 4}",
-        "config.data.eval_crop_pct is 1.0, in its run 0.875",
-        "config.data.resize_kernel is 'linear', in its run 'lanczos3'",
+        f"config.evaluation.image_size is {size}; recorded with the weights: {size + 4}",
+        "config.data.eval_crop_pct is 1.0; recorded with the weights: 0.875",
+        "config.data.resize_kernel is 'linear'; recorded with the weights: 'lanczos3'",
     ]
     same = dataclasses.replace(source.weights, eval_image_size=size)
     evaluate_weights(source.run, same, logged.append)

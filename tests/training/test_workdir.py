@@ -327,6 +327,22 @@ def test_given_entry_may_be_a_mapping(tmp_path: pathlib.Path) -> None:
     assert config.log.options == {"tags": {"a": 2}} and log == []
 
 
+def test_entries_are_restored_whatever_they_contain(tmp_path: pathlib.Path) -> None:
+    before, config = Config(), Config()
+    configs.put(before, "evaluations.plain.flip_tta", False)
+    configs.put(before, "evaluations.mirror.flip_tta", True)
+    before.log.options = {"tags": {"a": 1}}
+    folder = started(tmp_path, before, {"evaluations": {}, "log.options": {}})
+    _, log = restore_overrides(folder, config, "a.py", {})
+    assert config.evaluations == {"plain": configs.View(), "mirror": configs.View(flip_tta=True)}
+    assert config.log.options == {"tags": {"a": 1}}
+    assert sorted(log[0].partition(": ")[2].split(", config.")) == [
+        "config.evaluations.plain = {}",
+        "evaluations.mirror = {'flip_tta': True}",
+        "log.options.tags = {'a': 1}",
+    ]
+
+
 def test_overrides_are_restored_only_for_same_experiment(tmp_path: pathlib.Path) -> None:
     folder = overridden(tmp_path)
     other = Config(seed=3)

@@ -118,7 +118,9 @@ def fingerprint(folder: pathlib.Path) -> str:
       folder: of a version.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt")):
+    names = ("dataset_info.json", "features.json")
+    described = [p for p in folder.iterdir() if p.name in names or p.name.endswith(".labels.txt")]
+    for path in sorted(described):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -252,10 +252,16 @@ def test_new_build_of_the_same_version_is_noticed(tmp_path: pathlib.Path) -> Non
     build(tmp_path)
     settings = data(tmp_path)
     assert len(prepare(settings, log=lambda line: None).train) == 200
+    (info,) = (tmp_path / "cifar100").rglob("dataset_info.json")
+    info.with_name("README.txt").write_text("about it")
+    assert len(prepare(settings, log=lambda line: None).train) == 200
     shutil.rmtree(tmp_path / "cifar100")
     build(tmp_path, counts={"train": 300, "test": 100})
-    with pytest.raises(DataError, match=r"data\.tfds = 'cifar100': .*another build of .*/cifar100"):
+    with pytest.raises(
+        DataError, match=r"data\.tfds = 'cifar100': .*another build of .*/cifar100"
+    ) as raised:
         prepare(settings, log=lambda line: None)
+    assert "config.data.directory" not in str(raised.value), "it is where builds are looked for"
     settings.on_change = "prepare"
     assert len(prepare(settings, log=lambda line: None).train) == 300
     settings.on_change = "refuse"
