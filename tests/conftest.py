@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import pytest
 
+from inception_jax.runtime import huge_pages
 from tests import gcs as gcs_server
 
 # Shared by all Pythons with one version of jaxlib, which alone decides what a program compiles to.
@@ -24,6 +25,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 os.environ.update(
+    # Commands would start themselves again to get them.
+    GLIBC_TUNABLES=huge_pages.HUGE_PAGES,
     JAX_PLATFORMS="cpu",
     JAX_NUM_CPU_DEVICES="8",
     # Simulated devices wait for each other; the default timeout is too short on a busy machine.

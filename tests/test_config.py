@@ -513,11 +513,6 @@ def test_every_setting_is_in_the_help_and_the_reference() -> None:
             assert f"| `{path}`" in page
 
 
-def test_configuration_page_is_up_to_date() -> None:
-    page = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"
-    assert page.read_text(encoding="utf-8") == reference.page()
-
-
 def test_help_shows_an_experiments_values_with_the_defaults() -> None:
     text = reference.help_text(Config(train=Train(duration="7 steps")), is_default=False)
     assert "--config.train.duration='7 steps'   (default: '60 epochs')" in text

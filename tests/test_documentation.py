@@ -75,9 +75,7 @@ CI, SELF = ".ci/run", "tests/test_documentation.py"
 LAUNCHER = "needs several hosts or a scheduler; tests/integration/test_hosts.py starts processes"
 CLOUD = "needs a cloud account and a TPU"
 ACCELERATOR = "needs an accelerator"
-EXTENDING = RunBy(
-    "tests/test_extending.py", "test_every_experiment_and_its_settings_are_understood"
-)
+EXTENDING = RunBy("tests/test_extending.py", "test_experiments_and_settings_load")
 
 COMMANDS: dict[str, RunBy | NotRun] = {
     "make setup*": RunBy(CI, "make setup"),
@@ -273,7 +271,8 @@ def test_every_pattern_is_of_a_documented_command() -> None:
 @pytest.mark.parametrize(
     "runner",
     sorted(
-        {each for each in COMMANDS.values() if isinstance(each, RunBy)} | set(SNIPPETS.values()),
+        {each for each in COMMANDS.values() if isinstance(each, RunBy)}
+        | {EXTENDING, *SNIPPETS.values()},
         key=str,
     ),
     ids=str,

@@ -100,7 +100,7 @@ def test_top5_is_omitted_where_always_right(finished: pathlib.Path) -> None:
         assert f"{words}1" in text and f"{words}5" not in text, name
 
 
-@pytest.mark.parametrize("which", ["best", "last"])
+@pytest.mark.parametrize("which", [pytest.param("best", marks=pytest.mark.slow), "last"])
 def test_eval_mode_reproduces_the_evaluation_of_training(
     which: str, training: list[str], finished: pathlib.Path
 ) -> None:

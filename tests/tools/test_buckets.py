@@ -38,17 +38,19 @@ def files(bucket: str, tmp_path: pathlib.Path) -> tuple[pathlib.Path, paths.Path
             "predict --weights=IN/w.safetensors --csv IN/images --output=OUT/p.csv --explain=OUT/x",
             ["p.csv", "x/0.png", "x/1.png", "x/2.png"],
         ),
-        (
+        pytest.param(
             "export --to=stablehlo --weights=IN/w.safetensors --output=OUT/w.stablehlo",
             ["w.stablehlo", "w.stablehlo.json"],
+            marks=pytest.mark.slow,
         ),
         (
             "export --to=savedweights --weights=IN/w.safetensors --output=OUT/w.safetensors",
             ["w.safetensors"],
         ),
-        (
+        pytest.param(
             "summarize --weights=IN/w.safetensors --image=IN/images/1.png --output=OUT",
             ["architecture.md", "architecture.csv", "filters.png", "activations.png"],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["predict", "stablehlo", "savedweights", "summarize"],
@@ -149,18 +151,21 @@ def test_tilde_is_expanded_in_every_argument(
         "~/in/images",
         "--csv",
         "--output=~/out/p.csv",
-        "--explain=~/out/x",
     )
-    assert {path.name for path in (local / "out").iterdir()} == {"p.csv", "x"}
+    assert (local / "out" / "p.csv").exists()
     assert not list(command.ROOT.glob("~*"))
 
 
-def test_weights_and_runs_are_loaded_from_a_bucket(
-    bucket: str, data_directory: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    _, run = small.finished(small.config(data_directory), tmp_path / "run")
-    remote = copy_run(run.path, bucket)
-    expected = api.load_weights(run.path)
+@pytest.fixture(scope="module")
+def run(data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A finished run, to be copied to a bucket."""
+    config = small.config(data_directory, bucket=Bucket(retry_seconds=0.25))
+    return small.finished(config, tmp_path_factory.mktemp("run"))[1].path
+
+
+def test_weights_and_runs_are_loaded_from_a_bucket(bucket: str, run: pathlib.Path) -> None:
+    remote = copy_run(run, bucket)
+    expected = api.load_weights(run)
     loaded = api.load_weights(str(remote))
     assert loaded.origin.startswith(f"{remote}, step ")
     weights.save(remote.parent / "w.safetensors", expected)
@@ -181,12 +186,12 @@ def copy_run(folder: pathlib.Path, bucket: str) -> paths.Path:
 def test_run_says_how_long_to_wait_unless_this_process_does(
     bucket: str,
     gcs: Proxy,
+    run: pathlib.Path,
     data_directory: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = small.config(data_directory, bucket=Bucket(retry_seconds=0.25))
-    remote = copy_run(small.finished(config, tmp_path / "run")[1].path, bucket)
+    remote = copy_run(run, bucket)
     # A process that has used no settings yet.
     monkeypatch.setattr(buckets, "_retry_seconds", 300.0)
     monkeypatch.setattr(buckets, "_has_setting", False)
@@ -195,7 +200,7 @@ def test_run_says_how_long_to_wait_unless_this_process_does(
     with pytest.raises(buckets.BucketError, match=r"within 0\.25 s"):
         api.load_weights(str(remote))
     gcs.clear()
-    config.bucket.retry_seconds = 0.75
+    config = small.config(data_directory, bucket=Bucket(retry_seconds=0.75))
     shown = copy_run(run_folders.write(tmp_path / "shown", settings=config), f"{bucket}/shown")
     gcs.inject(Status(503), operation="write", name="*/report.html")
     with pytest.raises(UserError, match=r"within 0\.75 s"):
@@ -217,10 +222,9 @@ def test_run_says_how_long_to_wait_unless_this_process_does(
     ],
 )
 def test_weights_that_arrive_damaged_are_one_message(
-    damaged: str, bucket: str, gcs: Proxy, data_directory: pathlib.Path, tmp_path: pathlib.Path
+    damaged: str, bucket: str, gcs: Proxy, run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    _, run = small.finished(small.config(data_directory), tmp_path / "run")
-    remote = copy_run(run.path, bucket)
+    remote = copy_run(run, bucket)
     for step in integrity.list_steps(remote / "checkpoints"):
         integrity.write_manifest(remote / "checkpoints" / str(step))  # As one written there.
     gcs.inject(FlipBit(3), operation="read", name=f"run/checkpoints/*/{damaged}")

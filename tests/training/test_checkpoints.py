@@ -496,7 +496,16 @@ def neighbors(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("name", names.ODD, ids=ascii)
+# Characters with a meaning in patterns, addresses and shells, or in no encoding; the others are
+# tested where paths are (tests/storage/test_paths.py).
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if set(name) & set("*?[{%$~:\n\udcff") else pytest.mark.slow)
+        for name in names.ODD
+    ],
+    ids=ascii,
+)
 def test_directory_names_with_special_characters(
     name: str, neighbors: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
