@@ -4,8 +4,9 @@ Each factory imports its module only when it is called, so listing the names is 
 """
 
 import dataclasses
+import functools
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from inception_jax import config as configs
@@ -199,14 +200,8 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> Any:
     """
     import jax
     import jax.numpy as jnp
-    from flax.errors import FlaxError
 
-    from inception_jax.models import protocol
-
-    # Without groups for BatchNorm, which would have to divide the two images.
-    plain = protocol.with_plain_ops(network)
-
-    def call(images: jax.Array) -> tuple[Any, Any]:
+    def call(plain: Any, images: jax.Array) -> tuple[Any, Any]:
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
         variables = plain.init(rngs, images, train=True)
         output = plain.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
@@ -215,16 +210,8 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> Any:
         return variables, output[0]
 
     subject = _subject(network)
-    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     required = f"it must return logits, float [2, {num_classes}], or a ModelOutput of such arrays"
-    try:
-        variables, output = jax.eval_shape(call, images)
-    except (AttributeError, TypeError, ValueError, FlaxError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1].filename
-        # The adapter reads the dtype of something that is not an array.
-        if isinstance(error, AttributeError) and last == protocol.__file__:
-            raise ConfigError(f"{subject} returned no logits ({error}); {required}") from error
-        raise _failure(subject, image_size, error) from error
+    variables, output = _trace(network, call, subject, image_size, required)
     for logits in (output.logits, *output.aux):
         shape = getattr(logits, "shape", None)
         if shape != (2, num_classes) or not jnp.issubdtype(logits.dtype, jnp.floating):
@@ -276,32 +263,51 @@ def _check_paths(network: Any, params: Any, num_classes: int) -> None:
 def _check_size(network: Any, variables: Any, setting: str, size: int) -> None:
     """Checks that a custom network can be called with images of another size."""
     import jax
+
+    train = setting == "train.image_sizes"
+
+    def call(plain: Any, images: jax.Array, variables: Any) -> Any:
+        rngs = {"dropout": jax.random.key(0)} if train else None
+        mutable = ["batch_stats"] if train else False
+        return plain.apply(variables, images, train=train, rngs=rngs, mutable=mutable)
+
+    subject = f"config.{setting}: {_subject(network)}"
+    _trace(network, call, subject, size, "it must return logits", variables)
+
+
+def _trace(
+    network: Any,
+    call: Callable[..., Any],
+    subject: str,
+    image_size: int,
+    required: str,
+    *arguments: Any,
+) -> Any:
+    """Returns the shapes and dtypes that `call` returns, given the network, 2 images and arguments.
+
+    The network is a copy without groups for BatchNorm, which would have to divide the images. A
+    failure is a ConfigError about `subject`; `required` says what the network must return.
+    """
+    import jax
     import jax.numpy as jnp
     from flax.errors import FlaxError
 
     from inception_jax.models import protocol
 
-    train = setting == "train.image_sizes"
-    plain = protocol.with_plain_ops(network)
-
-    def call(variables: Any, images: jax.Array) -> Any:
-        rngs = {"dropout": jax.random.key(0)} if train else None
-        mutable = ["batch_stats"] if train else False
-        return plain.apply(variables, images, train=train, rngs=rngs, mutable=mutable)
-
-    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     try:
-        jax.eval_shape(call, variables, images)
+        plain_call = functools.partial(call, protocol.with_plain_ops(network))
+        return jax.eval_shape(plain_call, images, *arguments)
     except (AttributeError, TypeError, ValueError, FlaxError) as error:
-        raise _failure(f"config.{setting}: {_subject(network)}", size, error) from error
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        # The adapter reads the dtype of something that is not an array.
+        if isinstance(error, AttributeError) and last == protocol.__file__:
+            raise ConfigError(f"{subject} returned no logits ({error}); {required}") from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{subject} failed for 2 images of {image_size} px: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _subject(network: Any) -> str:
     return f"{network.place}: the model {network.display_name!r}"
-
-
-def _failure(subject: str, image_size: int, error: Exception) -> ConfigError:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return ConfigError(
-        f"{subject} failed for 2 images of {image_size} px: {type(error).__name__}: {reason}"
-    )
