@@ -88,11 +88,14 @@ def train(
         preemption.save_on_interrupt(console.log) as stop,
     ):
         try:
-            return session.train_and_evaluate(
+            result = session.train_and_evaluate(
                 copy.deepcopy(config), location, objects=objects, join=lambda config: stop
             )
         except Preempted as end:
             raise KeyboardInterrupt(str(end)) from end
+        if stop(result["step"]):
+            raise KeyboardInterrupt(f"interrupted after the last step; {location} is complete")
+        return result
 
 
 @contextlib.contextmanager
@@ -273,7 +276,7 @@ def evaluate(subject: Weights | Run, context: Config | TrainState, /) -> dict[st
     _use_settings(context)
     assert isinstance(context, Config)
     run.check_settings(context)
-    setup = run.assemble(context, trains=False, log=console.log)
+    setup = run.assemble(context, model=subject.module, trains=False, log=console.log)
     return evaluate_weights(setup, subject, console.log)
 
 

@@ -484,15 +484,22 @@ def with_tuples(argv: Sequence[str]) -> list[str]:
 
 
 def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Returns the command line without entries of mappings, and the entries' values by path."""
+    """Returns the command line without entries of mappings, and the entries' values by path.
+
+    An empty value of a mapping itself removes its entries.
+    """
     rest: list[str] = []
     entries: dict[str, str] = {}
     for argument in argv:
         match = _OVERRIDE.match(argument)
         if match and configs.is_mapping(match[1]):
-            raise UserError(
-                f"{argument}: is a mapping; set its entries with --config.{match[1]}.NAME=VALUE"
-            )
+            if argument.partition("=")[1:] != ("=", ""):
+                raise UserError(
+                    f"{argument}: is a mapping; set its entries with "
+                    f"--config.{match[1]}.NAME=VALUE, or remove all with --config.{match[1]}="
+                )
+            entries[match[1]] = ""
+            continue
         mapping, entry = configs.mapping_of(match[1]) if match else ("", "")
         if not match or not entry:
             rest.append(argument)
@@ -521,10 +528,13 @@ def _put_entries(entries: Mapping[str, str]) -> None:
     _entries_set.clear()
     _entries_set.update(entries)
     for path, text in entries.items():
-        mapping, _ = configs.mapping_of(path)
+        mapping = configs.mapping_of(path)[0] or path
         _mappings_before.setdefault(
             mapping, copy.deepcopy(configs.get(flags.FLAGS.config, mapping))
         )
+        if mapping == path:
+            configs.put(flags.FLAGS.config, path, {})
+            continue
         kind, value = configs.entry_type(path), text
         if kind is not str:
             # A word needs no quotes.

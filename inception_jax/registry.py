@@ -432,7 +432,11 @@ def option_problems(parts: Sequence[Part], options: Mapping[str, Any], path: str
         if not takers:
             known = sorted({option for part in parts for option in part.options})
             names = " and ".join(repr(part.name) for part in parts) or "none of these parts"
-            allowed = f"Options: {', '.join(known)}" if known else "It has no options"
+            allowed = (
+                f"Options: {', '.join(known)}"
+                if known
+                else f"It has no options; --config.{path}= removes those of an earlier start"
+            )
             hint = nearest(name, known)
             yield f"config.{path}.{name}: no such option of {names}.{hint} {allowed}"
         for part in takers:

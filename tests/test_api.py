@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import inspect
 import json
@@ -32,6 +33,7 @@ from inception_jax.errors import CheckpointError, ConfigError, UserError
 from inception_jax.evaluation.evaluate import evaluate_checkpoint
 from inception_jax.input import augment
 from inception_jax.models.weights import save as save_weights
+from inception_jax.reporting import report
 from inception_jax.runtime import devices, preemption
 from inception_jax.storage.workdir import Workdir
 from inception_jax.training import run
@@ -47,6 +49,21 @@ def finished(
     data_directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[run.Run, Workdir]:
     return small.finished(small.config(data_directory), tmp_path_factory.mktemp("run"))
+
+
+def test_weights_of_a_network_given_as_an_object_are_evaluated_with_it(
+    finished: tuple[run.Run, Workdir],
+) -> None:
+    this, folder = finished
+    network, split = small.Linear(), this.dataset.evaluation
+    weights = dataclasses.replace(
+        inception_jax.load_weights(folder.path),
+        variables={"batch_stats": {}} | small.random_variables(network, 8),
+        module=network,
+    )
+    logits = inception_jax.Predictor(weights).logits(split.read(np.arange(len(split))))
+    top1 = inception_jax.evaluate(weights, this.config)["top1"]
+    assert top1 == pytest.approx(100 * (logits.argmax(-1) == split.labels).mean())
 
 
 def test_weights_evaluate_like_the_checkpoint(finished: tuple[run.Run, Workdir]) -> None:
@@ -460,6 +477,22 @@ def test_interrupt_saves_the_run(data_directory: pathlib.Path, tmp_path: pathlib
     assert 5 < step < 5000
     config.train.duration = f"{step + 2} steps"
     assert inception_jax.train(config, tmp_path, **objects)["step"] == step + 2
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupt_after_the_last_step_is_not_lost(
+    data_directory: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It also stops the program that would train the next run."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(report, "finish", interrupt)
+    config = small.config(data_directory)
+    with pytest.raises(KeyboardInterrupt, match=r"after the last step; .* is complete"):
+        inception_jax.train(config, tmp_path, model=small.Linear())
+    assert (tmp_path / "result.json").exists()
 
 
 def test_custom_loop_in_64_bits_is_refused(data_directory: pathlib.Path) -> None:

@@ -85,6 +85,11 @@ def experiment(folder: pathlib.Path, body: str) -> str:
         (["--platform=gpo"], "Did you mean gpu"),
         (["--coordinator_address=localhost:1"], "--process_count"),
         (["--process_count=2"], "--process_count=2: requires --coordinator_address"),
+        (
+            ["--config.log.options=3"],
+            "--config.log.options.NAME=VALUE, or remove all with --config.",
+        ),
+        (["--config.log.options.a=3"], "has no options; --config.log.options= removes those of an"),
         (["--config.model.options.a.b=3"], "there is no mapping config.model.options.a"),
     ],
 )
@@ -492,7 +497,10 @@ def test_closed_standard_streams_do_not_fail_a_command(
 
 def test_print_config_shows_every_value_and_its_origin() -> None:
     flags = ["--config=experiments/digits.py", "--config.train.duration=3 steps"]
+    # An empty value removes the entries before it.
+    flags += ["--config.evaluations.small.size=8", "--config.evaluations="]
     shown = command.check("main", *flags, "--config.evaluations.big.size=48", "--print_config")
+    assert "small" not in shown
     lines = dict(line.split("  # ") for line in shown.splitlines())
     origins = {flag.strip(): origin for flag, origin in lines.items()}
     assert origins["--config.train.duration='3 steps'"] == "command line"

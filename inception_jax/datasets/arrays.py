@@ -1,6 +1,7 @@
 """Validates arrays from users and builds in-memory splits for `Dataset.from_arrays`."""
 
 import hashlib
+import os
 from collections.abc import Sequence, Sized
 from typing import Any
 
@@ -25,13 +26,20 @@ def check_image(image: Any, what: str, *, stacked: bool = False) -> None:
       DataError: if type, dtype or shape differ.
     """
     if not isinstance(image, np.ndarray):
+        remedy = "convert a PIL image or a tensor with np.asarray(image)"
+        if isinstance(image, str | os.PathLike):
+            remedy = "read a file with np.asarray(PIL.Image.open(path).convert('RGB'))"
         raise DataError(
-            f"{what}: has type {type(image).__name__}; must be a uint8 NumPy array; convert a PIL "
-            "image or a tensor with np.asarray(image)"
+            f"{what}: has type {type(image).__name__}; must be a uint8 NumPy array; {remedy}"
         )
     if image.dtype != np.uint8:
         remedy = "convert with images.astype(np.uint8)"
-        if np.issubdtype(image.dtype, np.floating):
+        if image.dtype.kind in "iu" and image.size and not 0 <= image.min() <= image.max() <= 255:
+            remedy = (
+                f"its values are from {image.min()} to {image.max()}, which must be scaled to 0 to "
+                "255 before images.astype(np.uint8)"
+            )
+        elif np.issubdtype(image.dtype, np.floating):
             remedy = (
                 "convert values between 0 and 1 with np.round(images * 255).astype(np.uint8); "
                 "images normalized by mean and standard deviation cannot be used"
@@ -44,7 +52,9 @@ def check_image(image: Any, what: str, *, stacked: bool = False) -> None:
         )
     if image.ndim == 3 + stacked and image.shape[-1] not in _CHANNELS:
         remedy = "keep the first three channels with images[..., :3]"
-        if image.shape[-3] in _CHANNELS:
+        if image.shape[-1] == 2:
+            remedy = "keep the first channel with images[..., :1]"
+        elif image.shape[-3] in _CHANNELS:
             remedy = "move the channels last with np.moveaxis(images, -3, -1)"
         raise DataError(
             f"{what}: has shape {list(image.shape)}; the last dimension must be 3 or 1 channels; "
@@ -74,7 +84,10 @@ def as_label_array(labels: Any, what: str) -> np.ndarray:
     if not isinstance(labels, Sized) or isinstance(labels, str | bytes):
         raise DataError(f"{what}: have type {type(labels).__name__}; must be an array or a list")
     try:
-        return np.asarray(labels)
+        array = np.asarray(labels)
+        if array.dtype == object and all(isinstance(label, str) for label in array.flat):
+            return array.astype(str)  # As pandas stores text.
+        return array
     except ValueError as error:
         raise DataError(f"{what}: {error}; must be integers of shape [N]") from error
 
@@ -97,6 +110,8 @@ def check_labels(
     array = as_label_array(labels, what)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         remedy = "; convert one-hot rows with labels.argmax(axis=1)" if array.ndim == 2 else ""
+        if array.dtype.kind == "U":
+            remedy = ", or names of the classes, which must then be given as well"
         raise DataError(
             f"{what}: have dtype {array.dtype} and shape {list(array.shape)}; must be integers of "
             f"shape [N]{remedy}"

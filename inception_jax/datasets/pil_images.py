@@ -36,8 +36,8 @@ DECODE_ERRORS = (
 _PROGRAMS = ("EPS",)
 _PNG, _JPEG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 # TIFF tags: DNG version (a raw file), reduced-size copy of another image in the file (as in raw
-# files), planar configuration, and bits per channel.
-_DNG_VERSION, _SUBFILE, _PLANES, _BITS = 50706, 254, 284, 258
+# files), planar configuration, bits per channel, and the meaning of 0.
+_DNG_VERSION, _SUBFILE, _PLANES, _BITS, _PHOTOMETRIC = 50706, 254, 284, 258, 262
 # Of several 16-bit channels PIL keeps the upper bytes. Read with the opposite byte order, it keeps
 # the lower ones. N is this machine's byte order, which libtiff uses.
 _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
@@ -239,6 +239,9 @@ def _check_format(image: ImageFile.ImageFile, name: str) -> None:
     is_wide = max(tags.get(_BITS, (8,))) > 8
     if is_wide and tags.get(_PLANES, 1) == 2 and image.tile[0].codec_name == "raw":
         raise UnsupportedImage(file_types.PLANES)
+    # PIL inverts them only where they have 8 bits or fewer.
+    if is_wide and tags.get(_PHOTOMETRIC) == 0:
+        raise UnsupportedImage(file_types.WHITE_IS_ZERO)
 
 
 def _check_mode(image: Image.Image) -> None:

@@ -293,7 +293,13 @@ class Recipe:
         settings = {name: getattr(self.data, name) for name in self.part.extra_settings}
         if self.part.options or not self.part.is_builder:
             options = registry.options_with_defaults(self.part, self.data.options)
-            settings["options"] = json.loads(json.dumps(options))
+            try:
+                settings["options"] = json.loads(json.dumps(options))
+            except TypeError as error:
+                raise ConfigError(
+                    f"{self.part.location}: the options of the data set {self.name!r} must be "
+                    f"numbers, strings, lists or mappings, as they are stored: {error}"
+                ) from error
         return settings
 
     @property

@@ -316,9 +316,15 @@ def _split_for_view(run: Run, name: str, view: View) -> Split:
     """Returns the examples of an evaluation; raises a ConfigError if they are not available."""
     crop = view.crop or run.config.data.eval_crop_pct
     try:
-        return run.dataset.view(view.split, crop=crop, examples=view.examples or None)
+        split = run.dataset.view(view.split, crop=crop, examples=view.examples or None)
     except ConfigError as error:
         raise ConfigError(f"the evaluation {name!r} of split {view.split!r}: {error}") from error
+    if (split.labels < 0).any():
+        raise ConfigError(
+            f"config.evaluations.{name}.split = {view.split!r}: has images without labels, which "
+            "only tools.predict can use (--split); use another split"
+        )
+    return split
 
 
 def summary(results: Mapping[str, EvalResult]) -> dict[str, Any]:

@@ -199,6 +199,8 @@ class _Graph:
         if primitive == "copy":
             return x
         if primitive == "concatenate":
+            if any(isinstance(each, np.ndarray) for each in inputs):
+                raise _unsupported("concatenate of constants")
             axis = params["dimension"]
             return self.add("Concat", *inputs, axis=_NCHW_AXES[axis] if image.ndim == 4 else axis)
         if primitive == "reduce_sum" and image.ndim == 4:

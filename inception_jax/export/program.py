@@ -76,7 +76,8 @@ def export_metadata(weights: Weights, *, precision: str = "float32") -> dict[str
             "dtype": "uint8",
             "shape": ["batch", size, size, 3],
             "meaning": "RGB; the network includes the normalization",
-            "prepared": "the center square, resized with PIL's bicubic filter",
+            "prepared": "upright by EXIF, transparency on white, the center square, resized with "
+            "PIL's bicubic filter",
             "crop": weights.eval_crop,
         },
         "output": {

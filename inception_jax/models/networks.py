@@ -186,7 +186,7 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
             )
     if isinstance(network, protocol.Adapter):
         variables = _check_output(network, config.data.image_size, num_classes)
-        _check_paths(network, variables["params"], num_classes)
+        _check_paths(network, variables, num_classes)
         for path, size in sizes[1:]:
             if size not in (0, config.data.image_size):
                 _check_size(network, variables, path, size)
@@ -229,33 +229,48 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> Any:
     return variables
 
 
-def _check_paths(network: Any, params: Any, num_classes: int) -> None:
+def _check_paths(network: Any, variables: Any, num_classes: int) -> None:
     """Checks that the layers that a custom network declares exist."""
     from inception_jax.models import protocol
 
-    def find(path: str) -> Any:
-        node = params
+    params = variables["params"]
+
+    def find(path: str, collection: str = "params") -> Any:
+        node = variables.get(collection)
         for name in path.split("/"):
             node = node.get(name) if isinstance(node, Mapping) else None
         return node
 
     subject = _subject(network)
-    # Heads are declared whether or not this instance has them.
-    absent = [head for head in protocol.get_attribute(network, "heads") or () if not find(head)]
-    for attribute in ("first_conv", "classifiers"):
+    paths: dict[str, tuple[str, ...]] = {}
+    for attribute in ("first_conv", "first_norm", "classifiers", "heads"):
         declared = protocol.get_attribute(network, attribute) or ()
-        for path in (declared,) if isinstance(declared, str) else declared:
+        is_one = attribute.startswith("first")
+        paths[attribute] = (declared,) if is_one and declared else declared
+        is_valid = isinstance(paths[attribute], tuple | list)
+        if not is_valid or not all(isinstance(path, str) for path in paths[attribute]):
+            raise ConfigError(
+                f"{subject} has {attribute} = {declared!r}; must be "
+                f"{'a path' if is_one else 'a tuple of paths'} (see "
+                "inception_jax/models/protocol.py); rename an attribute with another meaning"
+            )
+    if norm := [path for path in paths["first_norm"] if not find(path, "batch_stats")]:
+        raise ConfigError(f"{subject} declares first_norm = {norm[0]!r}, which has no statistics")
+    # Heads are declared whether or not this instance has them.
+    absent = [head for head in paths["heads"] if not find(head)]
+    for attribute in ("first_conv", "classifiers"):
+        for path in paths[attribute]:
             if any(path.startswith(f"{head}/") for head in absent):
                 continue
             kernel = find(f"{path}/kernel")
             if kernel is None:
                 raise ConfigError(
-                    f"{subject} declares {attribute} = {declared!r}, but has no parameter "
+                    f"{subject} declares {attribute} = {path!r}, but has no parameter "
                     f"{path}/kernel; the first parts of its paths are {', '.join(params)}"
                 )
             if attribute == "classifiers" and kernel.shape[-1] != num_classes:
                 raise ConfigError(
-                    f"{subject} declares classifiers = {declared!r}, but {path} computes "
+                    f"{subject} declares {path!r} as a classifier, but it computes "
                     f"{kernel.shape[-1]} values, not {num_classes} logits"
                 )
 

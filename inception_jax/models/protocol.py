@@ -44,6 +44,9 @@ import jax.numpy as jnp
 from inception_jax.errors import ConfigError
 from inception_jax.models.layers import ModelOutput
 
+# Names that others use for the argument `train`, or its opposite.
+_OTHER_NAMES = ("training", "is_training", "deterministic", "use_running_average")
+
 
 class Adapter(nn.Module):
     """Wraps a custom network to be called like the built-in ones; variable paths stay the same.
@@ -91,11 +94,20 @@ def adapt(network: nn.Module, *, name: str, place: str, min_image_size: int = 1)
     Args:
       network: returns logits or a `ModelOutput`.
       name, place, min_image_size: `Adapter.display_name`, `place`, `default_min_image_size`.
+
+    Raises:
+      ConfigError: if the argument that tells training from evaluation is not called `train`.
     """
     if isinstance(network, Adapter):
         return network
     # **kwargs do not count: nn.Sequential would pass `train` on to layers that do not accept it.
-    takes_train = "train" in inspect.signature(type(network).__call__).parameters
+    parameters = inspect.signature(type(network).__call__).parameters
+    takes_train = "train" in parameters
+    if not takes_train and (others := [each for each in _OTHER_NAMES if each in parameters]):
+        raise ConfigError(
+            f"{place}: the model {name!r} has the argument {others[0]!r}, which would keep its "
+            "default; training passes train=True, so rename it to train"
+        )
     return Adapter(network, takes_train, name, place, min_image_size)
 
 

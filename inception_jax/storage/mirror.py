@@ -125,7 +125,10 @@ class Mirror:
                 if name in names:
                     continue
                 # In memory, because metrics may be appended during the upload.
-                data = (self.path / name).read_bytes()
+                try:
+                    data = (self.path / name).read_bytes()
+                except FileNotFoundError:
+                    continue  # A custom writer deleted it since it was listed.
                 self._generations[name] = buckets.write_bytes(
                     self._remote / name, data, check=check
                 )
@@ -208,7 +211,10 @@ class Mirror:
     def _changed_files(self) -> dict[str, tuple[int, int, int]]:
         files = self._local_files()
         names = sorted(files, key=lambda name: (name in self._last, name))
-        versions = {name: _version(files[name]) for name in names}
+        versions = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                versions[name] = _version(files[name])
         return {n: version for n, version in versions.items() if self._versions.get(n) != version}
 
     def _is_included(self, name: str) -> bool:

@@ -247,8 +247,8 @@ class RunWriter:
                 self._writers.append(
                     _GuardedWriter(part, settings, workdir, retry_on_error=retry_on_error, log=log)
                 )
-                opened.callback(self._writers[-1].close)
                 self._writers[-1].resume(resume_step)
+                opened.callback(self._writers[-1].close)
             self._opened = opened.pop_all()
 
     def write(self, step: int, *, epoch: float, split: str, values: Mapping[str, float]) -> None:

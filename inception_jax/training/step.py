@@ -10,6 +10,7 @@ import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike
 
+from inception_jax import advice
 from inception_jax.config import Train
 from inception_jax.input import augment, pipeline
 from inception_jax.models import ops, protocol
@@ -74,7 +75,12 @@ def compile_train_steps(
         seconds = compilations.last_seconds(kind)
         estimate = "" if seconds is None else f" (about {seconds:.0f} s last time)"
         log(f"{what}: compiling{estimate}, or loading from the compilation cache")
-        return compilations.compile_and_log(lowered, what, kind, log)
+        try:
+            return compilations.compile_and_log(lowered, what, kind, log)
+        except Exception as error:
+            # That of a later size is raised when the run gets there, perhaps hours later.
+            log(f"{what}: compiling failed: {advice.first_line(error)}")
+            raise
 
     steps: dict[int, CompiledStep] = {}
     for size in run.train_image_sizes(first):

@@ -297,6 +297,15 @@ def test_planar_16_bit_channels_are_refused() -> None:
     assert "planar 16-bit channels" in problem(tiff_of(tall(3, 65535), "<", tags={284: 2}))
 
 
+def test_wide_values_whose_zero_is_white_are_refused() -> None:
+    image = Image.fromarray(tall(1, 65535)[..., 0])
+    white, black = io.BytesIO(), io.BytesIO()
+    image.save(white, "TIFF", tiffinfo={262: 0})
+    image.save(black, "TIFF")
+    assert "whose 0 is white" in problem(white.getvalue())
+    assert decode.inspect(black.getvalue(), "x.tif").problem is None
+
+
 def test_floating_point_and_enormous_images_are_refused() -> None:
     data = encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF")
     assert "floating-point" in problem(data)

@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,20 @@ from inception_jax.evaluation.evaluate import Evaluator
 from inception_jax.input import augment, pipeline
 from inception_jax.training import run, state
 from tests import small
+
+
+def test_split_without_labels_is_refused(data_directory: pathlib.Path) -> None:
+    this = small.build(small.config(data_directory))
+    this.config.evaluations = {"hidden": View(split="train")}
+    assert list(Evaluator(this).splits) == ["test", "hidden"]
+    train = this.dataset.train
+    labels = np.where(np.arange(len(train)) == 5, np.int32(-1), train.labels)
+    splits = {**this.dataset.splits, "train": dataclasses.replace(train, labels=labels)}
+    this = dataclasses.replace(this, dataset=dataclasses.replace(this.dataset, splits=splits))
+    with pytest.raises(
+        ConfigError, match=r"config\.evaluations\.hidden\.split = 'train': has imag"
+    ):
+        Evaluator(this)
 
 
 def test_evaluation_equals_counting_by_hand(data_directory: pathlib.Path) -> None:

@@ -118,6 +118,21 @@ def test_operation_that_onnx_lacks_is_named_with_a_remedy() -> None:
         onnx_files.export(own)
 
 
+def test_maps_of_constants_are_refused_by_onnx() -> None:
+    class Positions(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = jnp.concatenate([x, np.zeros((*x.shape[:3], 1), np.float32)], -1)
+            return nn.Dense(7)(nn.Conv(4, (3, 3))(x).mean((1, 2)))
+
+    network = Positions()
+    variables = network.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+    changes = {"variables": {**variables, "batch_stats": {}}, "module": network}
+    own = dataclasses.replace(random_weights.make(), **changes)
+    with pytest.raises(UserError, match=r"the operation concatenate of constants cannot"):
+        onnx_files.export(own)
+
+
 def test_onnx_file_contains_its_description(weights: Weights, onnx_data: bytes) -> None:
     model = onnx.load_from_string(onnx_data)
     about = {entry.key: entry.value for entry in model.metadata_props}

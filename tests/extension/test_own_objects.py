@@ -64,7 +64,10 @@ def test_nn_sequential_is_a_network(data_directory: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (TrainingArgument(), "'TrainingArgument' failed .* ModifyScopeVariableError"),
+        (
+            TrainingArgument(),
+            "'TrainingArgument' has the argument 'training', .* rename it to train",
+        ),
         (
             IntegerLogits(),
             r"'IntegerLogits' returned int32 \[2, 10\] .* must return logits, float \[2, 10\]",

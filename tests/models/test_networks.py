@@ -273,5 +273,20 @@ def test_network_for_one_size_is_refused_before_training() -> None:
 def test_declared_layers_must_exist() -> None:
     with pytest.raises(ConfigError, match=r"no parameter head/kernel; .* Conv_0, Dense_0"):
         check_flat(classifiers=("head",))
-    with pytest.raises(ConfigError, match="Conv_0 computes 4 values, not 5 logits"):
+    with pytest.raises(ConfigError, match="'Conv_0' as a classifier, but it computes 4 values"):
         check_flat(classifiers=("Conv_0",))
+    with pytest.raises(ConfigError, match="first_norm = 'norm', which has no statistics"):
+        check_flat(first_norm="norm")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "kind"),
+    [
+        ("classifiers", "Dense_0", "a tuple of paths"),
+        ("heads", 8, "a tuple"),
+        ("first_conv", 64, "a path"),
+    ],
+)
+def test_attributes_with_another_meaning_are_named(attribute: str, value: Any, kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"has {attribute} = {value!r}; must be {kind}.*rename"):
+        check_flat(**{attribute: value})

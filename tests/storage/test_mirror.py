@@ -13,7 +13,7 @@ from google.cloud import storage
 from inception_jax.errors import RunError
 from inception_jax.storage import atomic, buckets, paths
 from inception_jax.storage.workdir import Workdir
-from tests.gcs import Proxy, Status
+from tests.gcs import Call, Proxy, Status
 
 
 @pytest.fixture
@@ -36,6 +36,16 @@ def test_files_appear_in_the_bucket_and_on_another_machine(run: paths.Path) -> N
     second.download()
     assert second.config.read_text() == "{}"
     assert (second.plots / "curves.png").read_bytes() == b"\x89PNG"
+
+
+def test_file_that_disappears_during_an_upload_is_skipped(run: paths.Path, gcs: Proxy) -> None:
+    """As a custom writer may rotate its files."""
+    workdir = Workdir(run)
+    for name in ("a", "b", "c"):
+        (workdir.path / name).write_text(name)
+    gcs.inject(Call((workdir.path / "b").unlink), operation="write", name="*/a", times=1)
+    workdir.upload()
+    assert sorted(buckets.list_files(run)) == ["a", "c"]
 
 
 def test_lock_is_checked_before_each_attempt_to_upload(run: paths.Path, gcs: Proxy) -> None:

@@ -352,6 +352,15 @@ def test_writer_that_cannot_be_opened_is_named(
     assert "on_write_error" not in str(raised.value), "it would not help"
 
 
+def test_writer_that_cannot_be_resumed_is_not_closed(
+    registered: Callable[..., Log], tmp_path: pathlib.Path
+) -> None:
+    """So that the message is about the first error."""
+    settings = registered(lambda settings, workdir: Rows(lambda method, step: True))
+    with pytest.raises(WriteError, match="writer 'mine': cannot open: ValueError: service unav"):
+        RunWriter(Workdir(tmp_path), settings, resume_step=0)
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [

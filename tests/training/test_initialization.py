@@ -195,6 +195,16 @@ def test_other_normalization_is_folded_into_first_layer(
     np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
+def test_other_mean_that_no_variable_absorbs_is_refused(
+    source: Source, data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = build(fine_tuning(data_directory, source.path))
+    dataset = dataclasses.replace(this.dataset, mean=np.float32([0.2, 0.4, 0.5]))
+    monkeypatch.setattr(type(this.model), "first_norm", "")
+    with pytest.raises(ConfigError, match=r"needs a bias of conv1/conv, or the BatchNorm after it"):
+        initialize(dataclasses.replace(this, dataset=dataset))
+
+
 def test_weights_of_another_network_are_rejected_with_differences(
     source: Source, data_directory: pathlib.Path
 ) -> None:

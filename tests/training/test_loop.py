@@ -557,6 +557,24 @@ def test_compilation_is_logged_with_its_time(
     assert "compiling (about 33 s last time), or" in "\n".join(log[4:])
 
 
+def test_failed_compilation_of_a_later_size_is_logged_at_once(
+    data_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: 96 px")
+
+    monkeypatch.setattr(compilations, "compile_and_log", fail)
+    this = dataclasses.replace(small.build(small.config(data_directory)), model=small.Linear())
+    abstract, _ = state.lower_init(this)
+    log: list[str] = []
+    with futures.ThreadPoolExecutor(1) as background:
+        step.compile_train_steps(this, abstract, background, first=0, log=log.append)
+    assert (
+        log[-1]
+        == "training step for 8 px: compiling failed: RuntimeError: RESOURCE_EXHAUSTED: 96 px"
+    )
+
+
 @pytest.mark.slow
 def test_run_shortened_below_its_step_only_reports(
     reference: tuple[run.Run, Workdir], data_directory: pathlib.Path

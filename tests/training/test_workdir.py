@@ -327,6 +327,14 @@ def test_given_entry_may_be_a_mapping(tmp_path: pathlib.Path) -> None:
     assert config.log.options == {"tags": {"a": 2}} and log == []
 
 
+def test_emptied_mapping_is_not_restored(tmp_path: pathlib.Path) -> None:
+    before, config = Config(), Config()
+    before.log.options = {"project": "foo"}
+    folder = started(tmp_path, before, {"log.options": {}})
+    _, log = restore_overrides(folder, config, "a.py", {"log.options": {}})
+    assert config.log.options == {} and log == []
+
+
 def test_entries_are_restored_whatever_they_contain(tmp_path: pathlib.Path) -> None:
     before, config = Config(), Config()
     configs.put(before, "evaluations.plain.flip_tta", False)

@@ -41,6 +41,10 @@ PLANES = FileType(
     "TIFF with planar 16-bit channels, which PIL misreads",
     "save it with interleaved channels",
 )
+WHITE_IS_ZERO = FileType(
+    "TIFF with more than 8 bits whose 0 is white, which PIL reads inverted",
+    "save it with black as 0",
+)
 _HEIC = FileType("HEIC photo", "convert it to JPEG with ImageMagick, heif-convert or sips")
 _AVIF = FileType("AVIF image that Pillow cannot read", "convert it to PNG with avifdec")
 _JPEG_XL = FileType("JPEG XL image", "convert it to PNG with djxl")

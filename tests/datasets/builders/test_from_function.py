@@ -302,6 +302,29 @@ def test_labels_may_come_from_another_library(tmp_path: pathlib.Path, register: 
         assert split.labels.tolist() == [number % 3 for number in order]
 
 
+def test_labels_may_be_text_of_a_table(tmp_path: pathlib.Path, register: Any) -> None:
+    """pandas stores text as objects."""
+    labels = np.array([*"abc"], object)[LABELS]
+    splits = {"train": (COLOR, labels), "test": (COLOR, labels)}
+    register("mine")(lambda settings: (splits, [*"abc"]))
+    assert prepare(data(tmp_path), log=quiet).class_names == (*"abc",)
+
+
+def test_paths_are_not_images(tmp_path: pathlib.Path, register: Any) -> None:
+    examples = [("a.png", 0), ("b.png", 1)]
+    register("mine", class_names=[*"ab"])(lambda settings: {"train": examples, "test": examples})
+    with pytest.raises(
+        DataError, match=r"has type str; .* read a file with np\.asarray\(PIL\.Image"
+    ):
+        prepare(data(tmp_path), log=quiet)
+
+
+def test_options_that_cannot_be_stored_are_named(tmp_path: pathlib.Path, register: Any) -> None:
+    register("mine", options={"root": tmp_path})(lambda settings: {"train": PAIR, "test": PAIR})
+    with pytest.raises(ConfigError, match=r"options of the data set 'mine' must .*PosixPath"):
+        prepare(data(tmp_path), log=quiet)
+
+
 @pytest.mark.parametrize("error", [KeyError("camera"), OSError(5, "I/O error", "/mnt/1.jpg")])
 def test_error_of_a_generator_is_the_functions(
     error: Exception, tmp_path: pathlib.Path, register: Any
