@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from inception_jax import config as configs
-from inception_jax import console
+from inception_jax import console, registry
 from inception_jax.config import Config, Record
 from inception_jax.datasets.dataset import Dataset, class_changes
 from inception_jax.errors import CheckpointError, ConfigError
@@ -99,14 +99,15 @@ def load_record(workdir: Workdir) -> Record | None:
 def require_record(
     workdir: Workdir, *, has_model: bool = False, needs_data: bool = False
 ) -> Record:
-    """Registers the parts that a run uses and returns the contents of its config.json.
+    """Registers a run's network and returns the contents of its config.json.
 
-    Logs which files are executed for that.
+    Logs which file is executed for that. The parts that only training uses are not registered:
+    their files may need what is not installed here.
 
     Args:
       workdir: the run's workdir.
       has_model: whether the caller provides the network, for runs whose network is a Python object.
-      needs_data: whether the caller needs the settings of the data set.
+      needs_data: whether the caller needs the data set, which is registered, too.
 
     Raises:
       CheckpointError: if there is no run, its record is not readable or written by an older
@@ -132,7 +133,9 @@ def require_record(
             f"--workdir={workdir}: its data set is an object passed by a program. To use this "
             "command, register it with inception_jax.register_dataset and train by its name"
         )
-    import_parts(record.parts, str(workdir.location_of(workdir.config)), console.log_once)
+    kinds = [registry.MODELS.kind] * (not has_model) + [registry.DATASETS.kind] * needs_data
+    parts = [part for part in record.parts if part["kind"] in kinds]
+    import_parts(parts, str(workdir.location_of(workdir.config)), console.log_once)
     return record
 
 

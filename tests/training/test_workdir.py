@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from inception_jax import config as configs
+from inception_jax import registry
 from inception_jax.config import Config
 from inception_jax.datasets.dataset import prepare
 from inception_jax.errors import CheckpointError, UserError
@@ -190,6 +191,27 @@ def test_custom_objects_are_recorded_and_required(tmp_path: pathlib.Path) -> Non
         workdirs.check_compatible(workdirs.load_previous_run(folder), Config())
     with pytest.raises(CheckpointError, match=r"an object passed by a program \(Net\)"):
         workdirs.require_record(folder)
+
+
+def test_using_a_run_needs_only_its_network_and_data(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for registries in registry.REGISTRIES.values():
+        monkeypatch.setattr(
+            registries, "_parts", {n: registries.get(n) for n in registries.names()}
+        )
+    names = {"model": "own_net", "dataset": "own_data", "writer": "own_writer"}
+    folder, record = start_run(tmp_path / "run", Config()), tmp_path / "run" / "config.json"
+    parts = []
+    for kind, name in names.items():
+        file = tmp_path / f"{name}.py"
+        file.write_text(f"import inception_jax as ij\nij.register_{kind}({name!r})(lambda *_: ...)")
+        parts.append({"kind": kind, "name": name, "file": str(file)})
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"parts": parts}))
+    workdirs.require_record(folder)
+    assert [name in registry.REGISTRIES[kind] for kind, name in names.items()] == [1, 0, 0]
+    workdirs.require_record(folder, needs_data=True)
+    assert [name in registry.REGISTRIES[kind] for kind, name in names.items()] == [1, 1, 0]
 
 
 def test_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
