@@ -144,7 +144,8 @@ def import_parts(
     Args:
       parts: the parts, as returned by `custom_parts`.
       record: path of the run's record, for messages.
-      log: called with a line for each file that is run.
+      log: called with a line for each file that is run, and for each part that another file has
+        registered.
 
     Raises:
       CheckpointError: if a file is missing, fails, or no longer registers its part.
@@ -155,9 +156,11 @@ def import_parts(
             log(f"{record}: {kind} {name!r}: unknown kind of part; ignored")
             continue
         registered = registry.REGISTRIES[kind]
-        if name in registered:
-            continue
         what = f"{record}: its {kind} {name!r} was registered by {path}"
+        if name in registered:
+            if _differ(path, here := pathlib.Path(registered.get(name).file)):
+                log(f"{what}; that of {here} is used, which registered it in this process")
+            continue
         remedy = (
             "Give the file that registers it, with --config=FILE, or with --parts=FILE where a "
             "command has that flag, or import its module"
@@ -171,6 +174,14 @@ def import_parts(
             raise CheckpointError(f"{what}: {error}. {remedy}") from error
         if name not in registered:
             raise CheckpointError(f"{what}, which no longer registers it. {remedy}")
+
+
+def _differ(first: pathlib.Path, second: pathlib.Path) -> bool:
+    """Whether two files exist and have different contents."""
+    try:
+        return first.read_bytes() != second.read_bytes()
+    except OSError:
+        return False
 
 
 def _resolve(source: str, prefix: str) -> pathlib.Path:

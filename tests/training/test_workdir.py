@@ -194,7 +194,7 @@ def test_custom_objects_are_recorded_and_required(tmp_path: pathlib.Path) -> Non
 
 
 def test_using_a_run_needs_only_its_network_and_data(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for registries in registry.REGISTRIES.values():
         monkeypatch.setattr(
@@ -212,6 +212,16 @@ def test_using_a_run_needs_only_its_network_and_data(
     assert [name in registry.REGISTRIES[kind] for kind, name in names.items()] == [1, 0, 0]
     workdirs.require_record(folder, needs_data=True)
     assert [name in registry.REGISTRIES[kind] for kind, name in names.items()] == [1, 1, 0]
+    other = tmp_path / "other.py"
+    other.write_text((tmp_path / "own_net.py").read_text() + "\n# Another version.")
+    parts[0]["file"] = str(other)
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"parts": parts}))
+    capfd.readouterr()
+    workdirs.require_record(folder)
+    assert (
+        f"was registered by {other}; that of {tmp_path}/own_net.py is used"
+        in capfd.readouterr().err
+    )
 
 
 def test_unchanged_start_records_no_change(tmp_path: pathlib.Path) -> None:
