@@ -38,7 +38,7 @@ _ATTEMPT_SECONDS = 60.0  # Of one attempt, without a byte from the server.
 # To connect and to answer, each: together less than half of a lease's duration. Files of more than
 # 8 MiB take two requests.
 _CHECKED_ATTEMPT_SECONDS = 12.0
-INITIAL_BACKOFF_SECONDS = 1.0
+_INITIAL_BACKOFF_SECONDS = 1.0
 # An outage has ended if no request fails for longer than an attempt and the longest pause take.
 _OUTAGE_SECONDS = 120.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -358,7 +358,7 @@ def _retry_options(what: str) -> dict[str, Any]:
     """Returns arguments of the client library's retries; `what` is requested, for messages."""
     return {
         "predicate": lambda error: _status(error) in _TRANSIENT,
-        "initial": INITIAL_BACKOFF_SECONDS,
+        "initial": _INITIAL_BACKOFF_SECONDS,
         "maximum": 32.0,
         "timeout": _retry_limit(),
         "on_error": functools.partial(_log_first_failure, what),

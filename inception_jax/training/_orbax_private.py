@@ -81,21 +81,17 @@ def set_delete(manager: ocp.CheckpointManager, delete: Callable[[int], None]) ->
     manager._checkpoint_deleter = _Deleter(delete)
 
 
-def limit_retries(seconds: float, *, first: float) -> None:
+def limit_retries(seconds: float) -> None:
     """Limits for how long this process repeats a failed request for arrays in a bucket.
 
     Also, a request without a byte from the server for a minute fails.
-
-    Args:
-      seconds: for how long, in all.
-      first: pause before the first repetition, seconds; each pause is twice the one before.
     """
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
-    delays = [first]  # Without their random part.
+    delays = [1.0]  # Seconds; TensorStore's own, without its random part.
     while sum(delays) + (following := min(2 * delays[-1], 32.0)) <= seconds:
         delays.append(following)
-    retries = {"max_retries": len(delays), "initial_delay": f"{first}s", "max_delay": "32s"}
+    retries = {"max_retries": len(delays), "initial_delay": "1s", "max_delay": "32s"}
     for context in (
         tensorstore_utils._BASE_TS_CONTEXT,
         tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,

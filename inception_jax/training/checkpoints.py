@@ -112,9 +112,7 @@ class Checkpoints:
         self._keep_last, self._keep_best, self._read_only = keep_last, keep_best, read_only
         if not paths.is_local(directory):
             buckets.configure_epath()
-            _orbax_private.limit_retries(
-                buckets.retry_seconds(), first=buckets.INITIAL_BACKOFF_SECONDS
-            )
+            _orbax_private.limit_retries(buckets.retry_seconds())
         if read_only and not _exists(directory):
             raise CheckpointError(
                 f"{directory}: no checkpoints found; train first with the same --workdir"

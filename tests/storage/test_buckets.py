@@ -20,7 +20,7 @@ def folder(bucket: str) -> paths.Path:
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(buckets, "INITIAL_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(buckets, "_INITIAL_BACKOFF_SECONDS", 0.01)
     yield
     buckets.set_retry_seconds(300.0)
 

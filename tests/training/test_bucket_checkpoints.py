@@ -38,8 +38,7 @@ FIXTURE = command.ROOT / "tests" / "fixtures" / "56edb8b"
 
 
 @pytest.fixture(autouse=True)
-def short_retries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(buckets, "INITIAL_BACKOFF_SECONDS", 0.05)
+def short_retries() -> Iterator[None]:
     before = buckets.retry_seconds()
     buckets.set_retry_seconds(0.5)
     yield
