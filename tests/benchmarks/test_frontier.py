@@ -292,6 +292,7 @@ def test_unknown_recipes_are_rejected(run: Run) -> None:
         run("big")
 
 
+@pytest.mark.slow
 def test_stored_recipes_take_the_compute_in_their_names() -> None:
     recipes, peers = frontier.read_recipes(measure.ROOT / "benchmarks/frontier.toml")
     for name, recipe in recipes.items():

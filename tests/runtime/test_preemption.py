@@ -178,7 +178,14 @@ def test_ignored_signals_stay_ignored(processes: list[Process]) -> None:
     assert messages.startswith("SIGTERM")
 
 
-@pytest.mark.parametrize("number", preemption.SIGNALS)
+@pytest.fixture(params=preemption.SIGNALS)
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that is not ignored, though a shell makes background jobs ignore some."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_handlers_are_restored_after_the_block(number: signal.Signals) -> None:
     def handlers() -> list[object]:
         return [signal.getsignal(number) for number in preemption.SIGNALS]
