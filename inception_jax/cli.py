@@ -498,6 +498,9 @@ def _without_entries(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                     f"{argument}: is a mapping; set its entries with "
                     f"--config.{match[1]}.NAME=VALUE, or remove all with --config.{match[1]}="
                 )
+            before = [path for path in entries if path.startswith(f"{match[1]}.")]
+            for path in before:
+                del entries[path]
             entries[match[1]] = ""
             continue
         mapping, entry = configs.mapping_of(match[1]) if match else ("", "")

@@ -498,7 +498,11 @@ def test_closed_standard_streams_do_not_fail_a_command(
 def test_print_config_shows_every_value_and_its_origin() -> None:
     flags = ["--config=experiments/digits.py", "--config.train.duration=3 steps"]
     # An empty value removes the entries before it.
-    flags += ["--config.evaluations.small.size=8", "--config.evaluations="]
+    flags += [
+        "--config.evaluations.small.size=8",
+        "--config.evaluations.big.size=8",
+        "--config.evaluations=",
+    ]
     shown = command.check("main", *flags, "--config.evaluations.big.size=48", "--print_config")
     assert "small" not in shown
     lines = dict(line.split("  # ") for line in shown.splitlines())

@@ -186,7 +186,7 @@ def check(network: "nn.Module", config: configs.Config, num_classes: int) -> Non
             )
     if isinstance(network, protocol.Adapter):
         variables = _check_output(network, config.data.image_size, num_classes)
-        _check_paths(network, variables, num_classes)
+        _check_paths(network, variables["params"], num_classes)
         for path, size in sizes[1:]:
             if size not in (0, config.data.image_size):
                 _check_size(network, variables, path, size)
@@ -229,14 +229,12 @@ def _check_output(network: Any, image_size: int, num_classes: int) -> Any:
     return variables
 
 
-def _check_paths(network: Any, variables: Any, num_classes: int) -> None:
+def _check_paths(network: Any, params: Any, num_classes: int) -> None:
     """Checks that the layers that a custom network declares exist."""
     from inception_jax.models import protocol
 
-    params = variables["params"]
-
-    def find(path: str, collection: str = "params") -> Any:
-        node = variables.get(collection)
+    def find(path: str) -> Any:
+        node = params
         for name in path.split("/"):
             node = node.get(name) if isinstance(node, Mapping) else None
         return node
@@ -254,9 +252,7 @@ def _check_paths(network: Any, variables: Any, num_classes: int) -> None:
                 f"{'a path' if is_one else 'a tuple of paths'} (see "
                 "inception_jax/models/protocol.py); rename an attribute with another meaning"
             )
-    if norm := [path for path in paths["first_norm"] if not find(path, "batch_stats")]:
-        raise ConfigError(f"{subject} declares first_norm = {norm[0]!r}, which has no statistics")
-    # Heads are declared whether or not this instance has them.
+    # Heads are declared whether or not this instance has them, as is a BatchNorm.
     absent = [head for head in paths["heads"] if not find(head)]
     for attribute in ("first_conv", "classifiers"):
         for path in paths[attribute]:

@@ -106,7 +106,7 @@ def adapt(network: nn.Module, *, name: str, place: str, min_image_size: int = 1)
     if not takes_train and (others := [each for each in _OTHER_NAMES if each in parameters]):
         raise ConfigError(
             f"{place}: the model {name!r} has the argument {others[0]!r}, which would keep its "
-            "default; training passes train=True, so rename it to train"
+            "default; give it an argument train instead, which training sets to True"
         )
     return Adapter(network, takes_train, name, place, min_image_size)
 

@@ -66,7 +66,7 @@ def test_nn_sequential_is_a_network(data_directory: pathlib.Path) -> None:
     [
         (
             TrainingArgument(),
-            "'TrainingArgument' has the argument 'training', .* rename it to train",
+            "'TrainingArgument' has the argument 'training', .* an argument train instead",
         ),
         (
             IntegerLogits(),
