@@ -104,18 +104,22 @@ def test_onnx_file_resizes_to_evaluation_size(kernel: str) -> None:
     np.testing.assert_allclose(logits, expected(weights, pixels), rtol=1e-4, atol=1e-4)
 
 
+def weights_of(network: nn.Module) -> Weights:
+    """Returns random weights of a network without BatchNorm, given as an object."""
+    variables = network.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+    return dataclasses.replace(
+        random_weights.make(), variables={**variables, "batch_stats": {}}, module=network
+    )
+
+
 def test_operation_that_onnx_lacks_is_named_with_a_remedy() -> None:
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
             return nn.Dense(7)(jnp.cos(x).mean((1, 2)))
 
-    network = Net()
-    variables = network.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
-    changes = {"variables": {**variables, "batch_stats": {}}, "module": network}
-    own = dataclasses.replace(random_weights.make(), **changes)
     with pytest.raises(UserError, match=r"the operation cos cannot .*; StableHLO \(--to=stablehlo"):
-        onnx_files.export(own)
+        onnx_files.export(weights_of(Net()))
 
 
 def test_maps_of_constants_are_refused_by_onnx() -> None:
@@ -125,12 +129,8 @@ def test_maps_of_constants_are_refused_by_onnx() -> None:
             x = jnp.concatenate([x, np.zeros((*x.shape[:3], 1), np.float32)], -1)
             return nn.Dense(7)(nn.Conv(4, (3, 3))(x).mean((1, 2)))
 
-    network = Positions()
-    variables = network.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
-    changes = {"variables": {**variables, "batch_stats": {}}, "module": network}
-    own = dataclasses.replace(random_weights.make(), **changes)
     with pytest.raises(UserError, match=r"the operation concatenate of constants cannot"):
-        onnx_files.export(own)
+        onnx_files.export(weights_of(Positions()))
 
 
 def test_onnx_file_contains_its_description(weights: Weights, onnx_data: bytes) -> None:
