@@ -75,7 +75,7 @@ def check_exists(directory: paths.Path, which: str) -> None:
 def _not_found(directory: paths.Path, which: str, state: str = "") -> CheckpointError:
     available = ", ".join(map(str, integrity.list_steps(directory))) or "none"
     if which == "best" and available != "none":
-        available += ". Of those, none was evaluated or is intact; use --checkpoint=last"
+        available += ". None of them is intact and was evaluated; use --checkpoint=last"
     return CheckpointError(
         f"{directory}: no {state}checkpoint {which!r} found; available steps: {available}"
     )

@@ -281,7 +281,7 @@ def _adapt_first_layer(
     for name, sign in ((f"batch_stats/{norm}/mean", -1), (f"params/{first}/bias", 1)):
         if name in values:
             adapted[name] = values[name] + np.float32(sign) * constant
-    if len(adapted) == 1:
+    if len(adapted) == 1 and constant.any():
         raise ConfigError(
             f"{purpose} needs a bias of {first}, or the BatchNorm after it as the network's "
             "attribute 'first_norm'"

@@ -203,6 +203,11 @@ def test_other_mean_that_no_variable_absorbs_is_refused(
     monkeypatch.setattr(type(this.model), "first_norm", "")
     with pytest.raises(ConfigError, match=r"needs a bias of conv1/conv, or the BatchNorm after it"):
         initialize(dataclasses.replace(this, dataset=dataset))
+    # The kernel alone absorbs another deviation.
+    dataset = dataclasses.replace(
+        this.dataset, mean=source.weights.mean, std=np.float32([0.5, 0.2, 0.3])
+    )
+    assert "adapted" in initialize(dataclasses.replace(this, dataset=dataset))[2][-1]
 
 
 def test_weights_of_another_network_are_rejected_with_differences(
